@@ -1,0 +1,1 @@
+"""Trajectory, map of points and trajectory metrics. numpy only: no ROS."""

@@ -1,0 +1,1 @@
+"""The network, its attention strategies, the streaming memory and the engine. Torch only: no ROS, no Triton."""

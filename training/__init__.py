@@ -1,0 +1,1 @@
+"""Synthetic scenes, losses and the trainer of the compact model."""
