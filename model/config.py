@@ -7,8 +7,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None,
-            choices: tuple[str, ...] = (), live: bool = False) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    live: bool = False,
+) -> Any:
     """A dataclass field with its description, inclusive range or choices; `live` fields may change at run time."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "live": live})
 
@@ -39,13 +46,21 @@ class EngineConfig:
     weights: str = setting("compact", "name of shipped weights, or a folder of safetensors shards")
     attention: str = setting("speed3r", "global attention strategy", choices=("speed3r", "dense"))
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
-    precision: str = setting("auto", "of matrix products; auto = bf16 where the hardware has it, else fp32",
-                             choices=("auto", "fp32", "bf16"))
+    precision: str = setting(
+        "auto", "of matrix products; auto = bf16 where the hardware has it, else fp32", choices=("auto", "fp32", "bf16")
+    )
     threads: int = setting(0, "CPU threads of the network; 0 = all cores", low=0, high=256)
-    window: int = setting(6, "recent frames whose fine keys and values stay in memory", low=1, high=64)
-    anchors: int = setting(2, "keyframes whose fine keys and values stay in memory", low=1, high=64)
+    window: int = setting(4, "recent frames whose fine keys and values stay in memory", low=1, high=64)
+    anchors: int = setting(6, "keyframes whose fine keys and values stay in memory", low=1, high=64)
     bank: int = setting(32, "keyframes whose pooled keys and values stay in memory", low=1, high=1024)
     top_k: int = setting(32, "key blocks of 16 tokens that a query block attends to, per head", low=1, high=4096)
-    refresh: int = setting(16, "frames after which the gauge is moved to the newest keyframe; 0 = never", low=0, high=100000)
-    keyframe_overlap: float = setting(0.75, "a frame becomes a keyframe when it sees less than this share of the last one",
-                                      low=0.05, high=1.0, live=True)
+    refresh: int = setting(
+        12, "keyframes after which a new segment takes over with a fresh gauge; 0 = never", low=0, high=100000
+    )
+    keyframe_overlap: float = setting(
+        0.75,
+        "a frame becomes a keyframe when it sees less than this share of the last one",
+        low=0.05,
+        high=1.0,
+        live=True,
+    )

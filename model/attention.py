@@ -1,0 +1,114 @@
+"""Global (cross-frame) attention strategies, chosen by name.
+
+One function serves both forms of the network: the parallel one (all frames of a sequence query all frames, under a
+visibility rule) and the recurrent one (one new frame queries the slots of the memory). That is what makes
+"parallel = recurrent" hold by construction.
+
+Shape suffixes: B sequences, T query frames, N frames whose fine tokens are resident, M >= N frames whose pooled tokens
+are known (the first N of them are the resident ones), L = S + P tokens per frame (S special, then P patches in
+block-major order), G = P / 16 blocks per frame, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 16  # tokens of one 4 x 4 window of patches (Speed3R, section 3.1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Queries, keys and values of whole frames.
+
+    fine: (B, H, frames * L, D), normalised and rotated. pooled: (B, H, frames * G, D): raw tokens averaged over each
+    block, then normalised and rotated at the block's mean position (Speed3R). gate: (B, H, frames * L, 2), only of
+    queries.
+    """
+
+    fine: Tensor
+    pooled: Tensor
+    gate: Tensor | None = None
+
+
+def pool_blocks(x: Tensor, specials: int) -> Tensor:
+    """Mean of each block's patch tokens: (F, L, H, D) -> (F, G, H, D)."""
+    patches = x[:, specials:]
+    return patches.unflatten(1, (-1, BLOCK)).mean(2)
+
+
+def select_blocks(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:
+    """The top_k visible key blocks of every query block and head.
+
+    scores: (B, H, T * G, N * G). visible: broadcastable bool of the same shape. Returns a bool of the same shape with
+    at most top_k True per row; rows with fewer visible blocks keep all of them.
+    """
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if top_k >= scores.shape[-1]:
+        return visible.expand_as(scores)
+    index = scores.topk(top_k, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True) & visible
+
+
+def dense(q: Tokens, k: Tokens, v: Tokens, fine: Tensor, coarse: Tensor, specials: int, top_k: int) -> Tensor:
+    """Softmax attention of every token of a query frame to every token of the frames it may see.
+
+    q.fine: (B, H, T * L, D). k.fine, v.fine: (B, H, N * L, D). fine: (B or 1, T, N) bool. `coarse`, the pooled tokens
+    and `top_k` are not used. Returns (B, H, T * L, D).
+    """
+    length = q.fine.shape[2] // fine.shape[1]
+    mask = fine.repeat_interleave(length, 1).repeat_interleave(length, 2).unsqueeze(1)
+    return F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=mask)
+
+
+def speed3r(q: Tokens, k: Tokens, v: Tokens, fine: Tensor, coarse: Tensor, specials: int, top_k: int) -> Tensor:
+    """Global sparse attention (Speed3R, section 3; the gates as in its released code).
+
+    Pooled queries attend to all pooled tokens they may see (`coarse`: (B or 1, T, M) bool), which gives the compression
+    output and, per head and query block, the top_k key blocks among the resident frames (`fine`: (B or 1, T, N) bool).
+    The 16 queries of a block then attend to the tokens of those blocks and to the special tokens of every resident
+    frame. Special queries attend densely. Two independent sigmoid gates add both. Returns (B, H, T * L, D).
+    """
+    batch, heads, _, width = q.fine.shape
+    frames, resident = fine.shape[1:]
+    length, blocks = q.fine.shape[2] // frames, q.pooled.shape[2] // frames
+
+    scores = (q.pooled @ k.pooled.transpose(-1, -2)).float() * width**-0.5  # (B, H, T * G, M * G)
+    coarse = coarse.repeat_interleave(blocks, 1).repeat_interleave(blocks, 2).unsqueeze(1)
+    weights = scores.masked_fill(~coarse, -torch.inf).softmax(-1)
+    compressed = (weights.to(v.pooled.dtype) @ v.pooled).unflatten(2, (frames, blocks))
+
+    visible = fine.repeat_interleave(blocks, 1).repeat_interleave(blocks, 2).unsqueeze(1)
+    chosen = select_blocks(scores.detach()[..., : resident * blocks], visible, top_k)
+    bias = token_bias(chosen, fine, blocks, length, specials, q.fine.dtype)
+    selected = F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=bias)
+    selected = selected.unflatten(2, (frames, length))
+
+    gate = q.gate.unflatten(2, (frames, length))[:, :, :, specials:]
+    patches = gate[..., :1] * compressed.repeat_interleave(BLOCK, 3) + gate[..., 1:] * selected[:, :, :, specials:]
+    return torch.cat([selected[:, :, :, :specials], patches], 3).flatten(2, 3)
+
+
+def token_bias(chosen: Tensor, fine: Tensor, blocks: int, length: int, specials: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, H, T * L, N * L), 0 or -inf, of the chosen blocks (B, H, T * G, N * G) and the special tokens."""
+    batch, heads = chosen.shape[:2]
+    frames, resident = fine.shape[1:]
+    zero, closed = (
+        torch.zeros((), dtype=dtype, device=fine.device),
+        torch.full((), -torch.inf, dtype=dtype, device=fine.device),
+    )
+    seen = torch.where(fine, zero, closed)[:, None, :, None, :, None]  # (B, 1, T, 1, N, 1)
+    chosen = torch.where(chosen, zero, closed).view(batch, heads, frames, blocks, 1, resident, blocks, 1)
+    bias = torch.empty(batch, heads, frames, length, resident, length, dtype=dtype, device=fine.device)
+    bias[..., :specials, :, :] = seen
+    bias[..., specials:, :, :specials] = seen
+    bias[..., specials:, :, specials:].unflatten(3, (blocks, BLOCK)).unflatten(-1, (blocks, BLOCK)).copy_(
+        chosen.expand(-1, -1, -1, -1, BLOCK, -1, -1, BLOCK)
+    )
+    return bias.flatten(4, 5).flatten(2, 3)
+
+
+STRATEGIES = {"dense": dense, "speed3r": speed3r}

@@ -1,0 +1,299 @@
+"""The streaming engine: `push(frame) -> estimate`. A notebook can drive it; the node and the bag command do.
+
+The network predicts poses in the gauge of a segment's first frame, which is trustworthy only over a segment's length.
+So the engine chains segments: while a segment ends, its last keyframes also enter the next segment's memory, and what
+they share (poses and depths of the same frames in both) gives the similarity that carries the world frame over.
+Composition of keyframe-relative poses, with a periodic refresh of the cache, is LongStream's remedy against drift of
+the gauge; the hand-over costs a second step on a few keyframes only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from speed3r_ros.model import weights
+from speed3r_ros.model.config import EngineConfig, check
+from speed3r_ros.model.memory import Memory
+from speed3r_ros.model.network import Network, Prediction
+from speed3r_ros.model.types import Estimate, Frame, Tracking
+
+HANDOVER = 3  # keyframes shared by consecutive segments
+SMALLEST_SIDE = 32  # pixels
+PARALLAX = 0.15  # baseline over median depth that makes a keyframe
+GRID = 14  # stride in pixels of the points that measure overlap
+
+
+@dataclass
+class View:
+    """What overlap and hand-over need of a past frame: pose, intrinsics and sparse points, in world units."""
+
+    T_world_cam: np.ndarray  # (4, 4)
+    K: np.ndarray  # (3, 3)
+    points: np.ndarray  # (M, 3) in its camera
+
+
+@dataclass
+class Segment:
+    """A memory and the similarity from its gauge to the world: x_world = R (scale x) + t."""
+
+    memory: Memory
+    T_world_gauge: np.ndarray
+    scale: float = 1.0
+    keyframes: int = 0
+
+
+def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    """Device and matrix precision that `auto` stands for here. Raises ValueError when a GPU is asked for and absent."""
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ValueError(
+            "engine.device = 'cuda': torch sees no CUDA GPU; use auto or cpu, or install a CUDA build of torch"
+        )
+    device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if config.precision != "auto":
+        return device, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return device, torch.bfloat16 if fast else torch.float32
+
+
+def resize_intrinsics(K: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
+    """Intrinsics of an image (h, w) after resizing it to (h', w'); pixel centres at integers."""
+    sy, sx = new_size[0] / size[0], new_size[1] / size[1]
+    A = np.array([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]])
+    return A @ K
+
+
+def ray_map(K: np.ndarray, height: int, width: int) -> np.ndarray:
+    """x/z and y/z of every pixel: (2, H, W) float32."""
+    u, v = np.meshgrid((np.arange(width) - K[0, 2]) / K[0, 0], (np.arange(height) - K[1, 2]) / K[1, 1])
+    return np.stack([u, v]).astype(np.float32)
+
+
+def solve_intrinsics(points: np.ndarray) -> np.ndarray:
+    """Pinhole K (3, 3) of a local point map (3, H, W): least squares of each ray coordinate on its pixel coordinate."""
+    _, height, width = points.shape
+    K = np.eye(3)
+    for axis, (size, pixels) in enumerate(((width, np.arange(width)), (height, np.arange(height)[:, None]))):
+        ray = points[axis] / points[2]
+        pixel = np.broadcast_to(pixels, ray.shape).astype(np.float64) - (size - 1) / 2
+        slope = max((pixel * (ray - ray.mean())).sum() / (pixel * pixel).sum(), 1e-6)
+        K[axis, axis] = 1 / slope
+        K[axis, 2] = (size - 1) / 2 - ray.mean() / slope
+    return K
+
+
+def unusable(image: np.ndarray) -> str:
+    """Why a frame (h, w, 3) carries no geometry, in one line, or ""."""
+    grey = image.mean(2)
+    mean, spread = float(grey.mean()), float(grey.std())
+    if spread >= 4:
+        return ""
+    if mean < 16:
+        return f"black frame (mean {mean:.0f} of 255): check the lens cap and the exposure"
+    if mean > 239:
+        return f"saturated frame (mean {mean:.0f} of 255): check the exposure"
+    return f"frame without contrast (standard deviation {spread:.1f} of 255): the camera sees a plain surface or is blocked"
+
+
+def mean_transform(transforms: np.ndarray) -> np.ndarray:
+    """Chordal mean of rigid transforms (M, 4, 4)."""
+    T = transforms.mean(0)
+    U, _, Vt = np.linalg.svd(T[:3, :3])
+    T[:3, :3] = U @ np.diag([1, 1, np.linalg.det(U @ Vt)]) @ Vt
+    return T
+
+
+def share_in_view(source: View, target: View) -> float:
+    """Share of the source's points that lie in the target's image."""
+    T = np.linalg.inv(target.T_world_cam) @ source.T_world_cam
+    x = source.points @ T[:3, :3].T + T[:3, 3]
+    z = np.maximum(x[:, 2], 1e-6)
+    u, v = x[:, 0] / z * target.K[0, 0] + target.K[0, 2], x[:, 1] / z * target.K[1, 1] + target.K[1, 2]
+    width, height = 2 * target.K[0, 2] + 1, 2 * target.K[1, 2] + 1
+    return float(((x[:, 2] > 0) & (u > -0.5) & (u < width - 0.5) & (v > -0.5) & (v < height - 0.5)).mean())
+
+
+class Engine:
+    """Incremental reconstruction of one camera's stream, in bounded memory.
+
+    Raises ValueError for settings, weights or devices that cannot work, with one line that says what to do.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, network: Network | None = None) -> None:
+        self.config = config or EngineConfig()
+        check(self.config, "engine.")
+        self.device, self.dtype = select_device(self.config)
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        self.network = (network or weights.load(self.config.weights)).to(self.device).precision(self.dtype).eval()
+        self._spare = [self._new_memory(), self._new_memory()]
+        self.reset()
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(h, w) that every frame is resized to, and that estimates have."""
+        return self.network.config.height, self.network.config.width
+
+    def _new_memory(self) -> Memory:
+        net, config = self.network.config, self.config
+        heads, patches = net.channels // net.head_width, net.grid[0] * net.grid[1]
+        return Memory(
+            net.alternating_blocks,
+            heads,
+            net.specials + patches,
+            patches // 16,
+            net.head_width,
+            config.window,
+            config.anchors,
+            config.bank,
+            self.dtype,
+            self.device,
+        )
+
+    def reset(self) -> None:
+        """Forget the past: the next frame defines a new world frame."""
+        for memory in self._spare:
+            memory.clear()
+        self._segment = Segment(self._spare[0], np.eye(4))
+        self._next = Segment(self._spare[1], np.eye(4))
+        self._shared: list[
+            tuple[View, np.ndarray, np.ndarray]
+        ] = []  # view in the world; pose, points in the next gauge
+        self._tracked = 0
+        self._lost = 0
+        self._last_keyframe: View | None = None
+        self._K: np.ndarray | None = None
+        self._sigma_before = np.zeros(2)  # accumulated over the closed segments
+
+    def push(self, frame: Frame) -> Estimate:
+        """Estimate of one frame. Cost and memory do not depend on how many came before.
+
+        Raises ValueError when the image is not (H, W, 3) uint8 of at least 32 x 32, or K is not a finite pinhole matrix;
+        the state is then unchanged.
+        """
+        image, K = self._prepare(frame)
+        reason = unusable(image)
+        if reason:
+            self._lost += 1
+            return Estimate(frame.stamp_ns, Tracking.LOST, lost_reason=reason)
+
+        height, width = self.input_size
+        pixels = torch.from_numpy(image).to(self.device).permute(2, 0, 1).float() / 255
+        rays = None if K is None else torch.from_numpy(ray_map(K, height, width)).to(self.device)
+        segment = self._segment
+        out, points = self._step(segment, pixels, rays)
+        if K is None:
+            K = solve_intrinsics(points)
+            K = self._K = K if self._K is None else 0.9 * self._K + 0.1 * K
+        T_gauge_cam = self._pose(out, segment.scale)
+        if self._tracked == 0:
+            segment.T_world_gauge = np.linalg.inv(T_gauge_cam)
+        T_world_cam = segment.T_world_gauge @ T_gauge_cam
+        depth = points[2] * np.float32(segment.scale)
+        sparse = points[:, GRID // 2 :: GRID, GRID // 2 :: GRID].reshape(3, -1).T.astype(np.float64)
+        view = View(T_world_cam, K, sparse * segment.scale)
+
+        keyframe = self._is_keyframe(view)
+        if keyframe:
+            segment.memory.keep()
+            segment.keyframes += 1
+            self._last_keyframe = view
+            self._hand_over(view, pixels, rays)
+        sigma = np.exp(out.log_sigma[0, 0].double().cpu().numpy()) * [segment.scale, 1.0]
+        sigma = np.hypot(sigma, self._sigma_before) * (1 + self._lost)
+        self._tracked += 1
+        self._lost = 0
+        return Estimate(
+            frame.stamp_ns,
+            Tracking.TRACKING if self._tracked > 2 else Tracking.STARTING,
+            T_world_cam=T_world_cam,
+            depth=depth,
+            confidence=out.confidence[0, 0].sigmoid().cpu().numpy(),
+            K=K,
+            image=image,
+            is_keyframe=keyframe,
+            pose_sigma=sigma,
+        )
+
+    def _prepare(self, frame: Frame) -> tuple[np.ndarray, np.ndarray | None]:
+        image, K = frame.image, frame.K
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"image is {what}: expected uint8 (H, W, 3) RGB")
+        size = image.shape[:2]
+        if min(size) < SMALLEST_SIDE:
+            raise ValueError(
+                f"image is {size[1]} x {size[0]}: the smallest side must be at least {SMALLEST_SIDE} pixels"
+            )
+        if K is not None:
+            K = np.asarray(K, dtype=np.float64)
+            if K.shape != (3, 3) or not np.isfinite(K).all() or K[0, 0] <= 0 or K[1, 1] <= 0:
+                raise ValueError(
+                    f"K = {K.tolist()}: expected a finite 3 x 3 pinhole matrix with positive focal lengths, or None"
+                )
+            K = resize_intrinsics(K, size, self.input_size)
+        height, width = self.input_size
+        shrink = size[0] >= height and size[1] >= width
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR)
+        return resized, K
+
+    @torch.inference_mode()
+    def _step(self, segment: Segment, pixels: Tensor, rays: Tensor | None) -> tuple[Prediction, np.ndarray]:
+        """Advance a segment by one frame; its points (3, H, W) float32 in the camera, in the gauge's unit."""
+        segment.memory.admit()
+        out = self.network.step(pixels, segment.memory, rays, self.config.attention, self.config.top_k)
+        return out, out.points[0, 0].float().cpu().numpy()
+
+    @staticmethod
+    def _pose(out: Prediction, scale: float) -> np.ndarray:
+        T = np.eye(4)
+        T[:3, :3] = out.R[0, 0].double().cpu().numpy()
+        T[:3, 3] = out.t[0, 0].double().cpu().numpy() * scale
+        U, _, Vt = np.linalg.svd(T[:3, :3])  # orthonormal in float64, so that long products stay rotations
+        T[:3, :3] = U @ Vt
+        return T
+
+    def _is_keyframe(self, view: View) -> bool:
+        last = self._last_keyframe
+        if last is None:
+            return True
+        overlap = min(share_in_view(view, last), share_in_view(last, view))
+        baseline = np.linalg.norm(view.T_world_cam[:3, 3] - last.T_world_cam[:3, 3])
+        return overlap < self.config.keyframe_overlap or baseline > PARALLAX * float(np.median(view.points[:, 2]))
+
+    def _hand_over(self, view: View, pixels: Tensor, rays: Tensor | None) -> None:
+        """Feed the last keyframes of a segment to the next one too; with enough of them, switch."""
+        refresh = max(self.config.refresh, 2 * HANDOVER)
+        if not self.config.refresh or self._segment.keyframes <= refresh - HANDOVER:
+            return
+        out, points = self._step(self._next, pixels, rays)
+        self._next.memory.keep()
+        self._next.keyframes += 1
+        points = points[:, GRID // 2 :: GRID, GRID // 2 :: GRID].reshape(3, -1).T.astype(np.float64)
+        self._shared.append((view, self._pose(out, 1.0), points))
+        if len(self._shared) < HANDOVER:
+            return
+        ratios = np.concatenate([view.points[:, 2] / points[:, 2] for view, _, points in self._shared])
+        scale = float(np.median(ratios))
+        transforms = []
+        for view, T_gauge_cam, _ in self._shared:
+            T = T_gauge_cam.copy()
+            T[:3, 3] *= scale
+            transforms.append(view.T_world_cam @ np.linalg.inv(T))
+        retired, self._segment = self._segment, self._next
+        self._segment.scale, self._segment.T_world_gauge = scale, mean_transform(np.stack(transforms))
+        retired.memory.clear()
+        self._next = Segment(retired.memory, np.eye(4))
+        self._shared = []
+        self._sigma_before = np.hypot(
+            self._sigma_before, np.exp(out.log_sigma[0, 0].double().cpu().numpy()) * [scale, 1.0]
+        )

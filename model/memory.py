@@ -1,0 +1,168 @@
+"""The streaming memory: which past frames a new frame may see, in fixed storage.
+
+Frames cascade through three tiers. Fine keys and values: the *window* (the last frames), then, if they were keyframes,
+the *anchors* (whole frames; the segment's first frame stays for ever because it pins the gauge). Keyframes that leave
+the anchors go on as pooled tokens in the coarse *bank*; a full bank is thinned where keyframes stand closest in time, so
+that old views get sparser and coverage stays. A frame is in one tier at a time, so that no key is counted twice.
+
+`Schedule` is that policy on frame numbers alone; `Memory` adds the tensors; `visibility` unrolls the policy into masks
+for the parallel form of the network, so that training sees exactly what deployment sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from speed3r_ros.model.attention import Tokens
+
+
+class Schedule:
+    """Which frame lives in which slot. Slots never move: a frame changes tier by relabelling its slot."""
+
+    def __init__(self, window: int, anchors: int, bank: int) -> None:
+        self.limits = (window, anchors, bank)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: the next frame opens a segment."""
+        window, anchors, bank = self.limits
+        self.window: list[tuple[int, int]] = []  # (frame, slot), oldest first
+        self.anchors: list[tuple[int, int]] = []
+        self.bank: list[tuple[int, int]] = []  # (frame, bank slot)
+        self.free = list(range(window + anchors + 1))
+        self.free_bank = list(range(bank))
+        self.keyframes: set[int] = set()
+        self.frame = -1
+        self.current = -1  # slot of the newest frame
+
+    def admit(self) -> tuple[int, list[tuple[int, int]]]:
+        """Reserve a slot for the next frame. Returns it, and the (slot, bank slot) pairs to copy before it is reused."""
+        window, anchors, bank = self.limits
+        moves: list[tuple[int, int]] = []
+        if len(self.window) > window:
+            frame, slot = self.window.pop(0)
+            if frame in self.keyframes:
+                self.keyframes.discard(frame)
+                self.anchors.append((frame, slot))
+                if len(self.anchors) > anchors:
+                    retired = self.anchors.pop(1 if anchors > 1 else 0)  # the first frame pins the gauge
+                    self.free.append(retired[1])
+                    moves += self._bank(*retired)
+            else:
+                self.free.append(slot)
+        self.frame += 1
+        self.current = self.free.pop(0)
+        self.window.append((self.frame, self.current))
+        return self.current, moves
+
+    def _bank(self, frame: int, slot: int) -> list[tuple[int, int]]:
+        if not self.free_bank:  # thin: drop the entry whose neighbours in time stand closest together
+            times = [f for f, _ in self.bank]
+            gaps = [times[i + 1] - times[i - 1] for i in range(1, len(times) - 1)]
+            drop = 1 + gaps.index(min(gaps)) if gaps else 0
+            self.free_bank.append(self.bank.pop(drop)[1])
+        place = self.free_bank.pop(0)
+        self.bank.append((frame, place))
+        return [(slot, place)]
+
+    def keep(self) -> None:
+        """Mark the newest frame as a keyframe: it outlives the window."""
+        self.keyframes.add(self.frame)
+
+    @property
+    def resident(self) -> list[tuple[int, int]]:
+        """(frame, slot) of all frames with fine tokens, the newest included."""
+        return self.anchors + self.window
+
+
+def visibility(keyframes: Sequence[bool], window: int, anchors: int, bank: int) -> tuple[Tensor, Tensor]:
+    """Masks of the parallel form: fine and coarse, (T, T) bool; row t holds the frames that frame t sees."""
+    count = len(keyframes)
+    fine, coarse = torch.zeros(2, count, count, dtype=torch.bool)
+    schedule = Schedule(window, anchors, bank)
+    for t, keyframe in enumerate(keyframes):
+        schedule.admit()
+        fine[t, [frame for frame, _ in schedule.resident]] = True
+        coarse[t, [frame for frame, _ in schedule.resident + schedule.bank]] = True
+        if keyframe:
+            schedule.keep()
+    return fine, coarse
+
+
+class Memory:
+    """Keys and values of past frames for every global layer, at fixed addresses.
+
+    fine: (1, 1, slots) bool and coarse: (1, 1, slots + bank) bool say which slots the newest frame sees. Bounded:
+    nothing is allocated after construction.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        tokens: int,
+        blocks: int,
+        width: int,
+        window: int,
+        anchors: int,
+        bank: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        slots = window + anchors + 1
+        self.schedule = Schedule(window, anchors, bank)
+        self.tokens, self.blocks, self.slots = tokens, blocks, slots
+        self._fine = torch.zeros(2, layers, heads, slots, tokens, width, dtype=dtype, device=device)
+        self._pooled = torch.zeros(2, layers, heads, slots + bank, blocks, width, dtype=dtype, device=device)
+        self._visible = torch.zeros(slots + bank, dtype=torch.bool)
+        self._mask = torch.zeros(slots + bank, dtype=torch.bool, device=device)
+
+    @property
+    def fine(self) -> Tensor:
+        """(1, 1, slots) bool: slots whose fine tokens the newest frame sees."""
+        return self._mask[: self.slots].view(1, 1, -1)
+
+    @property
+    def coarse(self) -> Tensor:
+        """(1, 1, slots + bank) bool: entries whose pooled tokens the newest frame sees."""
+        return self._mask.view(1, 1, -1)
+
+    @property
+    def is_first(self) -> bool:
+        """The newest frame opens the segment."""
+        return self.schedule.frame == 0
+
+    @property
+    def bytes(self) -> int:
+        """Storage in bytes, constant."""
+        return sum(x.numel() * x.element_size() for x in (self._fine, self._pooled, self._mask))
+
+    def clear(self) -> None:
+        """Open a new segment."""
+        self.schedule.clear()
+
+    def admit(self) -> None:
+        """Make room for a new frame and let it see what the policy grants. Call once before `Network.step`."""
+        slot, moves = self.schedule.admit()
+        for source, place in moves:
+            self._pooled[:, :, :, self.slots + place] = self._pooled[:, :, :, source]
+        self._visible.zero_()
+        self._visible[[s for _, s in self.schedule.resident] + [self.slots + s for _, s in self.schedule.bank]] = True
+        self._mask.copy_(self._visible)
+        self._slot = slot
+
+    def keep(self) -> None:
+        """The newest frame is a keyframe: it will outlive the window."""
+        self.schedule.keep()
+
+    def write(self, layer: int, k: Tensor, v: Tensor, k_pooled: Tensor, v_pooled: Tensor) -> tuple[Tokens, Tokens]:
+        """Store the newest frame's k, v (H, L, D) and pooled (H, G, D); return all keys and values of the layer."""
+        slot = self._slot
+        for i, (x, pooled) in enumerate(((k, k_pooled), (v, v_pooled))):
+            self._fine[i, layer, :, slot] = x
+            self._pooled[i, layer, :, slot] = pooled
+        fine, pooled = self._fine[:, layer].flatten(2, 3), self._pooled[:, layer].flatten(2, 3)
+        return Tokens(fine[0][None], pooled[0][None]), Tokens(fine[1][None], pooled[1][None])

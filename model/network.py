@@ -1,0 +1,397 @@
+"""The compact network: conv stem, per-frame transformer, alternating frame / global blocks, and two heads.
+
+It maps frames to local point maps (camera frame, OpenCV axes, up to one scale per segment), their confidence, and
+camera-to-world poses in the gauge of the segment's first frame. It is causal over frames: the global blocks see only
+what the visibility rule or the memory grants, so that a frame is computed once, when it arrives.
+
+Alternating attention is VGGT's (Wang et al., CVPR 2025), ray-plus-log-depth point maps and gauge-free pose losses are
+Pi3's (Wang et al., 2025), the sparse global attention is Speed3R's. Shape suffixes: see `attention`; C channels,
+F = B * T frames, (h, w) patch grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speed3r_ros.model.attention import BLOCK, STRATEGIES, Tokens, pool_blocks
+from speed3r_ros.model.memory import Memory
+
+NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
+IMAGE_MEAN, IMAGE_STD = 0.45, 0.25
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of the network. height and width are fixed: multiples of 4 patches, so that blocks tile the grid."""
+
+    height: int = 168
+    width: int = 224
+    patch: int = 14
+    channels: int = 384
+    head_width: int = 64
+    encoder_blocks: int = 3
+    alternating_blocks: int = 5
+    stem: int = 48
+    registers: int = 3
+    decoder: int = 32
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (h, w)."""
+        return self.height // self.patch, self.width // self.patch
+
+    @property
+    def specials(self) -> int:
+        """Special tokens per frame: the camera token, then the registers."""
+        return 1 + self.registers
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Network output for F frames of B sequences, T each.
+
+    points: (B, T, 3, H, W) in the camera frame. confidence: (B, T, H, W) logit of "relative error under 8 %".
+    R: (B, T, 3, 3), t: (B, T, 3) camera-to-world in the segment's gauge. log_sigma: (B, T, 2) log of the expected
+    error of t (in units of mean depth) and of R (rad) against the segment's first frame. descriptor: (B, T, h * w, 128)
+    patch descriptors for matching, row-major.
+    """
+
+    points: Tensor
+    confidence: Tensor
+    R: Tensor
+    t: Tensor
+    log_sigma: Tensor
+    descriptor: Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """2-D rotary embedding, half of the head for each axis: x (F, L, H, D), tables (1, L, 1, D)."""
+    a, b, c, d = x.chunk(4, -1)
+    return x * cos + torch.cat([-b, a, -d, c], -1) * sin
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Normalise each head's vector, in float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def rotation_from_6d(x: Tensor) -> Tensor:
+    """(..., 6) -> (..., 3, 3) by Gram-Schmidt (Zhou et al., CVPR 2019)."""
+    a = F.normalize(x[..., :3], dim=-1, eps=1e-6)
+    b = x[..., 3:6]
+    b = F.normalize(b - (a * b).sum(-1, keepdim=True) * a, dim=-1, eps=1e-6)
+    return torch.stack([a, b, torch.linalg.cross(a, b)], -1)
+
+
+def compute_dtype(layer: nn.Linear) -> torch.dtype:
+    """What the layer multiplies in: autocast's type while training, else the type that its weights are stored in."""
+    device = layer.weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with attention inside each frame; residual stream in float32."""
+
+    def __init__(self, channels: int, head_width: int, qk_gain: float, residual_gain: float) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.norm1, self.norm2 = nn.LayerNorm(channels, 1e-6), nn.LayerNorm(channels, 1e-6)
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.q_norm = nn.Parameter(torch.full((head_width,), qk_gain))
+        self.k_norm = nn.Parameter(torch.full((head_width,), qk_gain))
+        for layer in (self.qkv, self.proj, self.fc1, self.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02 if channels >= 256 else 0.04)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.proj, self.fc2):
+            layer.weight.data.mul_(residual_gain)
+
+    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw q, k, v (F, L, H, D) of normalised input h (F, L, C)."""
+        return self.qkv(h).unflatten(-1, (3, -1, self.head_width)).unbind(2)
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input (F, L, C) -> q, k, v (F, H, L, D)."""
+        dtype = compute_dtype(self.qkv)
+        q, k, v = self.project(self.norm1(x).to(dtype))
+        q = rotate(rms_norm(q, self.q_norm), cos, sin).to(dtype)
+        k = rotate(rms_norm(k, self.k_norm), cos, sin).to(dtype)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C)."""
+        x = x + self.proj(attended.transpose(1, 2).flatten(2)).float()
+        h = self.norm2(x).to(attended.dtype)
+        return x + self.fc2(F.gelu(self.fc1(h), approximate="tanh")).float()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(F, L, C) -> (F, L, C)."""
+        q, k, v = self.before(x, cos, sin)
+        return self.after(x, F.scaled_dot_product_attention(q, k, v))
+
+
+class GlobalBlock(Block):
+    """A block whose attention crosses frames: gates and pooled tokens beside the fine ones."""
+
+    def __init__(self, channels: int, head_width: int, qk_gain: float, residual_gain: float, specials: int) -> None:
+        super().__init__(channels, head_width, qk_gain, residual_gain)
+        self.specials = specials
+        self.gate = nn.Linear(channels, 2 * channels // head_width)
+        nn.init.zeros_(self.gate.weight)
+        with torch.no_grad():  # compression starts at sigmoid(-1), selection at sigmoid(1), as released
+            self.gate.bias.copy_(torch.tensor([-1.0, 1.0]).repeat(channels // head_width))
+
+    def before_global(self, x: Tensor, cos: Tensor, sin: Tensor, cos_g: Tensor, sin_g: Tensor) -> tuple[Tensor, ...]:
+        """(F, L, C) -> fine q, k, v (F, H, L, D), pooled q, k, v (F, H, G, D), gate (F, H, L, 2)."""
+        dtype = compute_dtype(self.qkv)
+        h = self.norm1(x).to(dtype)
+        q, k, v = self.project(h)
+        pooled = [pool_blocks(y.float(), self.specials) for y in (q, k, v)]
+        gate = self.gate(h).float().sigmoid().to(dtype).unflatten(-1, (-1, 2))
+
+        def normalise(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            return (
+                rotate(rms_norm(q, self.q_norm), cos, sin).to(dtype),
+                rotate(rms_norm(k, self.k_norm), cos, sin).to(dtype),
+            )
+
+        q, k = normalise(q, k, cos, sin)
+        q_g, k_g = normalise(pooled[0], pooled[1], cos_g, sin_g)
+        return tuple(y.transpose(1, 2) for y in (q, k, v, q_g, k_g, pooled[2].to(dtype), gate))
+
+
+Attend = Callable[[int, tuple[Tensor, ...]], Tensor]
+
+
+class Network(nn.Module):
+    """See the module's text. `forward` is the parallel form, `step` the recurrent one."""
+
+    def __init__(self, config: NetworkConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or NetworkConfig()
+        (h, w), c, patch = config.grid, config.channels, config.patch
+        if h % 4 or w % 4 or config.height % patch or config.width % patch or patch % 2:
+            raise ValueError(f"height {config.height} and width {config.width} must be multiples of {4 * patch}")
+        residual_gain = (2 * (config.encoder_blocks + 2 * config.alternating_blocks + 2)) ** -0.5
+
+        def block() -> Block:
+            return Block(c, config.head_width, 1.0, residual_gain)
+
+        self.stem1, self.stem2 = nn.Conv2d(3, config.stem, 4, 2, 1), nn.Conv2d(config.stem, config.stem, 3, 1, 1)
+        self.patch_embed = nn.Conv2d(config.stem, c, patch // 2, patch // 2)
+        self.position = nn.Linear(18, c)
+        self.ray_embed = nn.Linear(5, c, bias=False)
+        self.patch_norm = nn.LayerNorm(c)
+        self.special_tokens = nn.Parameter(torch.randn(1, config.specials, c) * 0.02)
+        self.first_frame = nn.Parameter(torch.zeros(1, 1, c))
+        self.encoder = nn.ModuleList(block() for _ in range(config.encoder_blocks))
+        self.frame_blocks = nn.ModuleList(block() for _ in range(config.alternating_blocks))
+        self.global_blocks = nn.ModuleList(
+            GlobalBlock(c, config.head_width, 1.3, residual_gain, config.specials)
+            for _ in range(config.alternating_blocks)
+        )
+        self.point_block, self.camera_block = block(), block()
+        self.describe = nn.Linear(c, 128, bias=False)
+        self.match_scale = nn.Parameter(torch.tensor(2.3))
+        self.point_norm = nn.LayerNorm(c)
+        self.point_expand = nn.Linear(c, (patch // 2) ** 2 * config.decoder)
+        self.point_conv1 = nn.Conv2d(config.decoder + config.stem, 48, 3, 1, 1)
+        self.point_conv2 = nn.Conv2d(48, 48, 3, 1, 1)
+        self.point_conv3 = nn.Conv2d(48, 16, 1)
+        self.camera_norm = nn.LayerNorm(c)
+        self.camera_fc1, self.camera_fc2 = nn.Linear(2 * c, c), nn.Linear(c, 11)
+        nn.init.zeros_(self.ray_embed.weight)
+        for layer in (self.point_conv3, self.camera_fc2):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        for name, table in self._tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Constant tables: rotary angles of tokens and of blocks, position features, nominal rays, block-major order."""
+        cfg, (h, w) = self.config, self.config.grid
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        order = torch.arange(h * w).view(h // 4, 4, w // 4, 4).transpose(1, 2).reshape(-1)
+        y, x = y.reshape(-1)[order].float(), x.reshape(-1)[order].float()
+
+        def angles(y: Tensor, x: Tensor) -> Tensor:
+            quarter = cfg.head_width // 4
+            rate = 100.0 ** (-torch.arange(quarter) / quarter)
+            return torch.cat([y[:, None] * rate] * 2 + [x[:, None] * rate] * 2, 1)[None, :, None]
+
+        zeros = torch.zeros(cfg.specials)
+        token = angles(torch.cat([zeros, y + 1]), torch.cat([zeros, x + 1]))
+        block = angles((y + 1).view(-1, BLOCK).mean(1), (x + 1).view(-1, BLOCK).mean(1))
+        u, v = (x + 0.5 - w / 2) / (w / 2), (y + 0.5 - h / 2) / (w / 2)
+        rate = 2.0 ** torch.arange(4) * math.pi / 2
+        u, v = u[:, None], v[:, None]
+        features = torch.cat([u, v, (u * rate).sin(), (u * rate).cos(), (v * rate).sin(), (v * rate).cos()], 1)
+        slope = math.tan(NOMINAL_FOV / 2) / (cfg.width / 2)
+        py, px = torch.meshgrid(
+            (torch.arange(cfg.height) - (cfg.height - 1) / 2) * slope,
+            (torch.arange(cfg.width) - (cfg.width - 1) / 2) * slope,
+            indexing="ij",
+        )
+        return dict(
+            cos=token.cos(),
+            sin=token.sin(),
+            cos_g=block.cos(),
+            sin_g=block.sin(),
+            position_features=features,
+            nominal_rays=torch.stack([px, py])[None],
+            order=order,
+            inverse_order=order.argsort(),
+            identity_6d=torch.tensor([1.0, 0, 0, 0, 1, 0]),
+        )
+
+    def precision(self, dtype: torch.dtype) -> Network:
+        """Store and run the matrix products in `dtype`; norms, heads' outputs and the residual stream stay float32."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in ("point_conv3", "camera_fc1", "camera_fc2"):
+                module.to(dtype)
+        return self
+
+    def settings(self) -> dict[str, int]:
+        """The configuration as plain numbers, for checkpoints."""
+        return asdict(self.config)
+
+    # ---------------------------------------------------------------------------------------------- per-frame parts
+
+    def encode(
+        self, image: Tensor, rays: Tensor | None, known: Tensor | None, first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything before the first global block.
+
+        image: (F, 3, H, W) in [0, 1]. rays: (F, 2, H, W) of x/z, y/z per pixel where `known` (F,) is True, or None.
+        first: (F,) bool, the frame that opens its segment. Returns tokens (F, L, C), stem features (F, stem, H/2, W/2)
+        and descriptors (F, h * w, 128) in row-major order.
+        """
+        cfg, dtype = self.config, self.stem1.weight.dtype
+        x = (image - IMAGE_MEAN) / IMAGE_STD
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        stem = F.gelu(self.stem2(F.gelu(self.stem1(x), approximate="tanh")), approximate="tanh")
+        patches = self.patch_embed(stem).flatten(2).transpose(1, 2)[:, self.order].float()
+        embedding = self.position(self.position_features.to(self.position.weight.dtype)).float()
+        if rays is not None:
+            features = F.avg_pool2d(rays, cfg.patch).flatten(2)
+            slope = torch.stack(
+                [rays[:, 0, :, -1].mean(1) - rays[:, 0, :, 0].mean(1), rays[:, 1, -1].mean(1) - rays[:, 1, 0].mean(1)],
+                1,
+            )[..., None].expand_as(features)
+            features = torch.cat([features, slope, torch.ones_like(features[:, :1])], 1) * known[:, None, None]
+            features = features.transpose(1, 2)[:, self.order]
+            embedding = embedding + self.ray_embed(features.to(self.ray_embed.weight.dtype)).float()
+        x = self.patch_norm(patches + embedding)
+        special = (self.special_tokens + self.first_frame * first[:, None, None]).to(x.dtype)
+        x = torch.cat([special, x], 1)
+        for block in self.encoder:
+            x = block(x, self.cos, self.sin)
+        descriptor = self.describe(x[:, cfg.specials :].to(self.describe.weight.dtype)).float()[:, self.inverse_order]
+        scale = self.match_scale.exp().clamp(max=60).sqrt()
+        return x, stem, F.normalize(descriptor, dim=-1) * scale
+
+    def trunk(self, x: Tensor, attend: Attend) -> Tensor:
+        """Alternate attention inside frames and across them; `attend` supplies the frames that may be seen."""
+        for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks)):
+            x = frame_block(x, self.cos, self.sin)
+            tokens = global_block.before_global(x, self.cos, self.sin, self.cos_g, self.sin_g)
+            x = global_block.after(x, attend(i, tokens))
+        return x
+
+    def heads(
+        self, x: Tensor, stem: Tensor, rays: Tensor | None, known: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (F, L, C) -> points (F, 3, H, W), confidence logit (F, H, W), camera vector (F, 11)."""
+        cfg, (h, w) = self.config, self.config.grid
+        y = self.point_norm(self.point_block(x, self.cos, self.sin)[:, cfg.specials :])[:, self.inverse_order]
+        y = self.point_expand(y.to(self.point_expand.weight.dtype)).transpose(1, 2).unflatten(2, (h, w))
+        y = torch.cat([F.pixel_shuffle(y, cfg.patch // 2), stem], 1).contiguous(memory_format=torch.channels_last)
+        y = F.gelu(self.point_conv1(y), approximate="tanh")
+        y = F.gelu(self.point_conv2(y), approximate="tanh")
+        c = self.camera_norm(self.camera_block(x, self.cos, self.sin))
+        c = torch.cat([c[:, 0], c[:, cfg.specials :].mean(1)], -1)
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.pixel_shuffle(F.conv2d(y.float(), self.point_conv3.weight, self.point_conv3.bias), 2)
+            z = (5 * torch.tanh(y[:, 2:3] / 5)).exp()
+            ray = self.nominal_rays + y[:, :2]
+            if rays is not None:
+                ray = torch.where(known[:, None, None, None], rays, ray)
+            c = self.camera_fc2(F.gelu(self.camera_fc1(c.float())))
+        return torch.cat([ray * z, z], 1), y[:, 3], c
+
+    def _predict(
+        self, batch: int, x: Tensor, stem: Tensor, descriptor: Tensor, rays: Tensor | None, known: Tensor | None
+    ) -> Prediction:
+        points, confidence, camera = self.heads(x, stem, rays, known)
+        points, confidence, camera, descriptor = (
+            y.unflatten(0, (batch, -1)) for y in (points, confidence, camera, descriptor)
+        )
+        return Prediction(
+            points,
+            confidence,
+            rotation_from_6d(camera[..., :6] + self.identity_6d),
+            camera[..., 6:9],
+            camera[..., 9:],
+            descriptor,
+        )
+
+    # ------------------------------------------------------------------------------------------------ the two forms
+
+    def forward(
+        self,
+        images: Tensor,
+        fine: Tensor,
+        coarse: Tensor,
+        rays: Tensor | None = None,
+        known: Tensor | None = None,
+        attention: str = "speed3r",
+        top_k: int = 32,
+    ) -> Prediction:
+        """All frames of B sequences at once.
+
+        images: (B, T, 3, H, W) in [0, 1]. fine, coarse: (B or 1, T, T) bool, which frames' fine and pooled tokens a
+        frame sees (`memory.visibility`); both contain the diagonal. rays: (B, T, 2, H, W) with known: (B, T) bool.
+        """
+        batch, frames = images.shape[:2]
+        flat = None if rays is None else (rays.flatten(0, 1), known.flatten(0, 1))
+        first = (torch.arange(frames, device=images.device) == 0).repeat(batch)
+        x, stem, descriptor = self.encode(images.flatten(0, 1), *(flat or (None, None)), first)
+
+        def attend(_: int, tokens: tuple[Tensor, ...]) -> Tensor:
+            q, k, v, q_g, k_g, v_g, gate = (
+                y.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3) for y in tokens
+            )
+            out = STRATEGIES[attention](
+                Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g), fine, coarse, self.config.specials, top_k
+            )
+            return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
+
+        return self._predict(batch, self.trunk(x, attend), stem, descriptor, *(flat or (None, None)))
+
+    def step(
+        self, image: Tensor, memory: Memory, rays: Tensor | None = None, attention: str = "speed3r", top_k: int = 32
+    ) -> Prediction:
+        """One new frame (3, H, W) against the memory, which receives its keys and values in the slot it has reserved.
+
+        rays: (2, H, W) or None when intrinsics are unknown. Batch and frame axes of the prediction are 1.
+        """
+        rays = None if rays is None else rays[None]
+        known = None if rays is None else torch.ones(1, dtype=torch.bool, device=image.device)
+        first = torch.tensor([memory.is_first], device=image.device)
+        x, stem, descriptor = self.encode(image[None], rays, known, first)
+
+        def attend(layer: int, tokens: tuple[Tensor, ...]) -> Tensor:
+            q, k, v, q_g, k_g, v_g, gate = tokens
+            keys, values = memory.write(layer, k[0], v[0], k_g[0], v_g[0])
+            return STRATEGIES[attention](
+                Tokens(q, q_g, gate), keys, values, memory.fine, memory.coarse, self.config.specials, top_k
+            )
+
+        return self._predict(1, self.trunk(x, attend), stem, descriptor, rays, known)

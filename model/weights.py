@@ -1,0 +1,104 @@
+"""Checkpoints: folders of safetensors shards, each at most 16 MiB, whose metadata holds the network's configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from speed3r_ros.model.network import Network, NetworkConfig
+
+SHARD_BYTES = 15 * 2**20
+FORMAT = "speed3r_ros compact 1"
+
+
+def locate(name: str) -> Path:
+    """Folder of the shipped weights called `name`, or the folder that `name` is a path of.
+
+    Shipped weights lie in the repository's `weights/` (a checkout) or in `speed3r_ros/weights` (an installation).
+    Raises ValueError when neither exists.
+    """
+    package = Path(__file__).absolute().parent.parent
+    places = [Path(name).expanduser(), package / "weights" / name]
+    for place in places:
+        if any(place.glob("*.safetensors")):
+            return place
+    raise ValueError(
+        f"no weights {name!r}: neither {places[0]} nor {places[1]} is a folder with *.safetensors; "
+        "give the name of shipped weights (compact) or a folder of shards"
+    )
+
+
+def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> int:
+    """Write fp16 shards of the network's parameters; returns their size in bytes. An older set there is replaced."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, value in network.named_parameters():
+        value = value.detach().to("cpu", torch.float16).contiguous()
+        if size + value.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+        total += value.nbytes
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for i, shard in enumerate(shards, 1):
+        metadata = {"format": FORMAT, "network": json.dumps(network.settings()), **(note or {})}
+        save_file(shard, partial / f"model-{i:02d}-of-{len(shards):02d}.safetensors", metadata=metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    for shard in partial.iterdir():
+        shard.replace(folder / shard.name)
+    partial.rmdir()
+    return total
+
+
+def load(name: str) -> Network:
+    """The network that `name` (see `locate`) holds, float32 on the CPU, in evaluation mode.
+
+    Raises ValueError with one line that names the file and the first differing key or shape when the checkpoint is
+    missing, truncated, foreign or incomplete.
+    """
+    folder = locate(name)
+    paths = sorted(folder.glob("*.safetensors"))
+    last = paths[-1].stem.rsplit("-of-", 1)
+    if len(last) == 2 and last[1].isdigit() and len(paths) != int(last[1]):
+        raise ValueError(f"{folder}: {len(paths)} of {int(last[1])} shards are there; copy the missing ones")
+    state: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as shard:
+                metadata = shard.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path}: not a {FORMAT!r} checkpoint (its format is {metadata.get('format')!r})")
+                state.update((key, shard.get_tensor(key)) for key in shard.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from error
+    try:
+        settings = json.loads(metadata["network"])
+        config = NetworkConfig(**{f.name: int(settings[f.name]) for f in fields(NetworkConfig)})
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{paths[-1]}: unreadable network configuration ({error!r})") from error
+    network = Network(config)
+    expected = dict(network.named_parameters())
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in state:
+            raise ValueError(f"{folder}: key {key!r} is missing")
+        if key not in expected:
+            raise ValueError(f"{folder}: unknown key {key!r}")
+        if state[key].shape != expected[key].shape:
+            raise ValueError(
+                f"{folder}: {key!r} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+            )
+    network.load_state_dict(state, strict=True)
+    return network.eval()

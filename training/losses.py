@@ -1,0 +1,159 @@
+"""Losses of the compact model: geometry up to one scale per sequence, poses without a gauge.
+
+Targets are a batch of `training.render.SceneDataset`: depth (B, T, H, W), ray (B, H, W, 2), camera-to-world R
+(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence. Shape suffixes as in `model.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speed3r_ros.model.network import Prediction
+
+Batch = dict[str, Tensor]
+
+CONFIDENT = 0.08  # relative error under which a point counts as right for the confidence head
+BASELINE_FLOOR = 0.08  # of mean depth: keeps the translation loss finite for cameras that stand still
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Relative weights of the terms."""
+
+    points: float = 1.0
+    rotation: float = 4.0
+    translation: float = 0.5
+    matching: float = 0.2
+    gradient: float = 0.3
+    confidence: float = 0.05
+    scale: float = 0.2
+    sigma: float = 0.02
+
+
+def relative_poses(R: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Camera-to-world (B, T, ...) -> pose of camera j in camera i: R_ij (B, T, T, 3, 3), t_ij (B, T, T, 3)."""
+    R_i = R.transpose(-1, -2)[:, :, None]
+    return R_i @ R[:, None], (R_i @ (t[:, None] - t[:, :, None]).unsqueeze(-1)).squeeze(-1)
+
+
+def sequence_scale(z: Tensor, z_true: Tensor) -> Tensor:
+    """Robust scale (B,) that brings predicted depth z (B, T, H, W) to the truth: the median ratio of a subsample."""
+    stride = max(1, z[0].numel() // 4096) | 1
+    a, b = z.flatten(1)[:, ::stride], z_true.flatten(1)[:, ::stride]
+    return (b / a.clamp_min(1e-6)).median(1).values
+
+
+def soften(error: Tensor) -> Tensor:
+    """Linear up to 1, then logarithmic, so that outliers do not rule."""
+    return torch.where(error < 1, error, 1 + error.clamp_min(1).log())
+
+
+def project(points: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Camera points (B, M, 3) -> pixels u, v and depth z (B, M), inverting the one-parameter distortion of K (B, 5)."""
+    fx, fy, cx, cy, k1 = K[:, None].unbind(-1)
+    z = points[..., 2].clamp_min(1e-4)
+    xd, yd = points[..., 0] / z, points[..., 1] / z
+    x, y = xd, yd
+    for _ in range(6):
+        s = 1 + k1 * (x * x + y * y)
+        x, y = xd / s, yd / s
+    return x * fx + cx, y * fy + cy, points[..., 2]
+
+
+def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of patch descriptors against the true correspondence in the view `shift` frames on.
+
+    Without pretrained features this is what makes matching emerge. Returns the loss and the share of right matches.
+    """
+    depth, R, t = batch["depth"], batch["R"], batch["t"]
+    sequences, views, height, width = depth.shape
+    columns, centre = width // patch, patch // 2
+    z = depth[..., centre::patch, centre::patch].flatten(2)  # (B, T, P)
+    ray = batch["ray"][:, centre::patch, centre::patch].flatten(1, 2)[:, None]
+    camera = torch.cat([ray * z[..., None], z[..., None]], -1)
+    world = (R[:, :, None] @ camera[..., None]).squeeze(-1) + t[:, :, None]
+    R_to, t_to, depth_to = (x.roll(-shift, 1) for x in (R, t, depth))
+    other = (R_to.transpose(-1, -2)[:, :, None] @ (world - t_to[:, :, None])[..., None]).squeeze(-1)
+    u, v, z_to = (x.unflatten(1, (views, -1)) for x in project(other.flatten(1, 2), batch["K"]))
+    inside = (u > -0.5) & (u < width - 0.5) & (v > -0.5) & (v < height - 0.5) & (z_to > 0.01)
+    column, row = u.round().clamp(0, width - 1).long(), v.round().clamp(0, height - 1).long()
+    seen = torch.gather(depth_to.flatten(2), 2, row * width + column)
+    visible = (inside & ((seen - z_to).abs() < 0.04 * z_to)).float()
+    target = (row // patch) * columns + column // patch
+    logits = descriptor @ descriptor.roll(-shift, 1).transpose(-1, -2)
+    entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(visible)
+    right = (logits.argmax(-1) == target).float()
+    count = visible.sum().clamp_min(1)
+    return (entropy * visible).sum() / count, ((right * visible).sum() / count).detach()
+
+
+def losses(
+    out: Prediction, batch: Batch, shift: int, patch: int = 14, weights: LossWeights | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Total loss and detached figures to log (rotation in degrees beside that of the identity)."""
+    weights = weights or LossWeights()
+    z_true, ray_true = batch["depth"], batch["ray"].permute(0, 3, 1, 2)[:, None]
+    sequences, views = z_true.shape[:2]
+    z = out.points[:, :, 2]
+    ray = out.points[:, :, :2] / out.points[:, :, 2:]
+    scale = sequence_scale(z.detach(), z_true).clamp(1e-2, 1e2)
+
+    # depth and rays apart: a joint |s P - P*| with a detached s lets the global scale run away
+    log_error = (z * scale.view(-1, 1, 1, 1)).log() - z_true.log()
+    error = log_error.abs() + (ray - ray_true).abs().sum(2)
+    points = soften(error).mean()
+    gradient = z.new_zeros(())
+    for step in (1, 4):
+        d = log_error[..., ::step, ::step]
+        gradient = gradient + (d[..., 1:] - d[..., :-1]).abs().clamp(max=0.5).mean()
+        gradient = gradient + (d[..., 1:, :] - d[..., :-1, :]).abs().clamp(max=0.5).mean()
+    confidence = F.binary_cross_entropy_with_logits(out.confidence, (error.detach() < CONFIDENT).float())
+    unit = z[:, 0].mean((1, 2)).log().abs().mean()  # the first frame fixes the scale: mean depth 1
+
+    R, t = relative_poses(out.R, out.t)
+    R_true, t_true = relative_poses(batch["R"], batch["t"])
+    off = 1 - torch.eye(views, device=z.device)
+    pairs = sequences * views * (views - 1)
+    angle = ((R - R_true).square().sum((-1, -2)) + 1e-8).sqrt() / math.sqrt(2)  # radians, for small angles
+    rotation = (angle * off).sum() / pairs
+    baseline = (t_true.norm(dim=-1) * off).sum((1, 2)) / (views * (views - 1))
+    offset = ((scale.view(-1, 1, 1, 1) * t - t_true).square().sum(-1) + 1e-8).sqrt()
+    translation = (soften(offset / (baseline.view(-1, 1, 1) + BASELINE_FLOOR)) * off).sum() / pairs
+
+    to_first = torch.stack([offset[:, 0, 1:], angle[:, 0, 1:]], -1).detach()
+    log_sigma = out.log_sigma[:, 1:].clamp(-10, 5)
+    sigma = (to_first * (-log_sigma).exp() + log_sigma).mean()  # Laplace likelihood of detached errors
+    matching, matched = matching_loss(out.descriptor, batch, shift, patch)
+
+    total = (
+        weights.points * points
+        + weights.rotation * rotation
+        + weights.translation * translation
+        + weights.matching * matching
+        + weights.gradient * gradient
+        + weights.confidence * confidence
+        + weights.scale * unit
+        + weights.sigma * sigma
+    )
+    with torch.no_grad():
+        still = (
+            ((torch.eye(3, device=z.device) - R_true).square().sum((-1, -2)).sqrt() * off).sum() / pairs / math.sqrt(2)
+        )
+        figures = dict(
+            loss=total,
+            points=points,
+            rot_deg=rotation.rad2deg(),
+            rot_identity=still.rad2deg(),
+            translation=translation,
+            matching=matching,
+            matched=matched,
+            gradient=gradient,
+            sigma=sigma,
+            absrel=(log_error.flatten()[::97].exp() - 1).abs().median(),
+        )
+    return total, {name: value.detach() for name, value in figures.items()}
