@@ -76,7 +76,8 @@ def speed3r(q: Tokens, k: Tokens, v: Tokens, fine: Tensor, coarse: Tensor, speci
     frames, resident = fine.shape[1:]
     length, blocks = q.fine.shape[2] // frames, q.pooled.shape[2] // frames
 
-    scores = (q.pooled @ k.pooled.transpose(-1, -2)).float() * width**-0.5  # (B, H, T * G, M * G)
+    scores = (q.pooled @ k.pooled.transpose(-1, -2)) * width**-0.5  # (B, H, T * G, M * G)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     coarse = coarse.repeat_interleave(blocks, 1).repeat_interleave(blocks, 2).unsqueeze(1)
     weights = scores.masked_fill(~coarse, -torch.inf).softmax(-1)
     compressed = (weights.to(v.pooled.dtype) @ v.pooled).unflatten(2, (frames, blocks))

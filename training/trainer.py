@@ -258,6 +258,7 @@ class Trainer:
                 p.copy_(average.half().float())
         return network.eval().requires_grad_(False)
 
+    @torch.compiler.set_stance("force_eager")
     def evaluate(self) -> None:
         """Held-out rendered sequences, as a table and as JSON."""
         network, rows = self.averaged(), {}

@@ -1,0 +1,104 @@
+"""Attention strategies against slow, independent float64 definitions, on fresh random inputs."""
+
+import numpy as np
+import pytest
+import torch
+
+from speed3r_ros.model.attention import BLOCK, Tokens, dense, pool_blocks, speed3r
+
+HEADS, WIDTH, SPECIALS = 2, 8, 3
+
+
+def random_case(blocks: int, frames: int, resident: int, banked: int, seed: int):
+    g = torch.Generator().manual_seed(seed)
+    length = SPECIALS + blocks * BLOCK
+
+    def tokens(count, pooled_count, gate=False):
+        fine = torch.randn(1, HEADS, count * length, WIDTH, generator=g, dtype=torch.float64)
+        pooled = torch.randn(1, HEADS, pooled_count * blocks, WIDTH, generator=g, dtype=torch.float64)
+        gates = torch.rand(1, HEADS, count * length, 2, generator=g, dtype=torch.float64) if gate else None
+        return Tokens(fine, pooled, gates)
+
+    q, k, v = tokens(frames, frames, True), tokens(resident, resident + banked), tokens(resident, resident + banked)
+    fine = torch.rand(1, frames, resident, generator=g) < 0.6
+    fine[:, :, 0] = True
+    coarse = torch.cat([fine, torch.rand(1, frames, banked, generator=g) < 0.5], 2)
+    return q, k, v, fine, coarse, length
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k):
+    """One token at a time, with explicit lists of what it may see."""
+    out = np.zeros(q.fine.shape[1:])
+    qf, kf, vf, qp, kp, vp, gate = (
+        x[0].numpy() for x in (q.fine, k.fine, v.fine, q.pooled, k.pooled, v.pooled, q.gate)
+    )
+    for h in range(HEADS):
+        for t in range(fine.shape[1]):
+            frames = [n for n in range(fine.shape[2]) if fine[0, t, n]]
+            specials = [n * length + s for n in frames for s in range(SPECIALS)]
+            everything = [n * length + i for n in frames for i in range(length)]
+            for i in range(length):
+                row = t * length + i
+                if i < SPECIALS:
+                    keys = everything
+                else:
+                    g = (i - SPECIALS) // BLOCK
+                    query = qp[h, t * blocks + g]
+                    seen = [n * blocks + b for n in range(coarse.shape[2]) if coarse[0, t, n] for b in range(blocks)]
+                    compressed = softmax(kp[h, seen] @ query / WIDTH**0.5) @ vp[h, seen]
+                    local = [n * blocks + b for n in frames for b in range(blocks)]
+                    best = sorted(local, key=lambda j: -(kp[h, j] @ query))[:top_k]
+                    keys = specials + [
+                        (j // blocks) * length + SPECIALS + (j % blocks) * BLOCK + e for j in best for e in range(BLOCK)
+                    ]
+                attended = softmax(kf[h, keys] @ qf[h, row] / WIDTH**0.5) @ vf[h, keys]
+                if i >= SPECIALS:
+                    attended = gate[h, row, 0] * compressed + gate[h, row, 1] * attended
+                out[h, row] = attended
+    return out
+
+
+@pytest.mark.parametrize(
+    "blocks, frames, resident, banked, top_k",
+    [(3, 2, 4, 2, 2), (1, 1, 1, 0, 5), (2, 3, 3, 4, 1), (4, 1, 5, 1, 7), (2, 1, 3, 0, 100)],
+)
+def test_speed3r_is_its_definition(blocks, frames, resident, banked, top_k):
+    seed = int(torch.randint(2**31, ()))
+    q, k, v, fine, coarse, length = random_case(blocks, frames, resident, banked, seed)
+    out = speed3r(q, k, v, fine, coarse, SPECIALS, top_k)[0].numpy()
+    expected = speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k)
+    np.testing.assert_allclose(out, expected, rtol=1e-9, atol=1e-9, err_msg=f"seed {seed}")
+
+
+def test_selection_of_all_blocks_is_dense_attention():
+    seed = int(torch.randint(2**31, ()))
+    q, k, v, fine, coarse, length = random_case(3, 2, 4, 2, seed)
+    only_selection = torch.zeros_like(q.gate)
+    only_selection[..., 1] = 1
+    sparse = speed3r(Tokens(q.fine, q.pooled, only_selection), k, v, fine, coarse, SPECIALS, top_k=12)
+    torch.testing.assert_close(sparse, dense(q, k, v, fine, coarse, SPECIALS, 12), msg=f"seed {seed}")
+
+
+def test_invisible_frames_have_no_influence():
+    q, k, v, fine, coarse, length = random_case(2, 1, 4, 2, int(torch.randint(2**31, ())))
+    for strategy in (dense, speed3r):
+        before = strategy(q, k, v, fine, coarse, SPECIALS, 3)
+        hidden_fine = ~fine[0, 0].repeat_interleave(length)
+        hidden_coarse = ~coarse[0, 0].repeat_interleave(2)
+        for x in (k, v):
+            x.fine[:, :, hidden_fine] = 1e6
+            x.pooled[:, :, hidden_coarse] = -1e6
+        torch.testing.assert_close(strategy(q, k, v, fine, coarse, SPECIALS, 3), before)
+
+
+def test_pooling_averages_blocks_and_skips_specials():
+    x = torch.randn(2, SPECIALS + 3 * BLOCK, HEADS, WIDTH)
+    pooled = pool_blocks(x, SPECIALS)
+    for g in range(3):
+        start = SPECIALS + g * BLOCK
+        torch.testing.assert_close(pooled[:, g], x[:, start : start + BLOCK].mean(1))

@@ -1,0 +1,94 @@
+"""Checkpoints: round trip, and one clear line for every way in which one can be wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from speed3r_ros.model import weights
+from speed3r_ros.model.network import Network, NetworkConfig
+
+TINY = NetworkConfig(height=56, width=56, channels=64, encoder_blocks=1, alternating_blocks=1, stem=4, decoder=2)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 200_000)
+    weights.save(Network(TINY), tmp_path / "set")
+    assert len(list((tmp_path / "set").iterdir())) > 2
+    return tmp_path / "set"
+
+
+def test_round_trip_at_half_precision(tmp_path):
+    network = Network(TINY)
+    weights.save(network, tmp_path / "set", {"note": "x"})
+    loaded = weights.load(str(tmp_path / "set"))
+    assert loaded.config == TINY and not loaded.training
+    for (name, a), (_, b) in zip(network.named_parameters(), loaded.named_parameters()):
+        torch.testing.assert_close(a.half().float(), b, msg=name, rtol=0, atol=0)
+
+
+def refused(folder, says):
+    with pytest.raises(ValueError, match=says) as error:
+        weights.load(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def rewrite(path, change):
+    with safe_open(path, "pt") as shard:
+        metadata = shard.metadata()
+    state = load_file(path)
+    change(state, metadata)
+    save_file(state, path, metadata=metadata)
+
+
+def test_missing_folder_names_both_places(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere.*give the name of shipped weights")
+
+
+def test_missing_shard(folder):
+    sorted(folder.iterdir())[0].unlink()
+    refused(folder, "shards are there")
+
+
+def test_truncated_shard(folder):
+    path = sorted(folder.iterdir())[1]
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(folder, f"{path.name}: truncated")
+
+
+def test_foreign_file(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    save_file({"x": torch.zeros(3)}, folder / "model.safetensors")
+    refused(folder, "not a 'speed3r_ros compact 1' checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["missing", "renamed", "shape"])
+def test_first_differing_key_is_named(folder, kind):
+    def change(state, _):
+        key = sorted(state)[0]
+        value = state.pop(key)
+        if kind == "renamed":
+            state["aaa." + key] = value
+        if kind == "shape":
+            state[key] = torch.zeros(7, 7)
+        change.key = key
+
+    rewrite(sorted(folder.iterdir())[0], change)
+    refused(folder, {"missing": change.key, "renamed": "aaa", "shape": r"\(7, 7\)"}[kind])
+
+
+def test_unreadable_configuration(folder):
+    def change(_, metadata):
+        metadata["network"] = json.dumps({"channels": "many"})
+
+    rewrite(sorted(folder.iterdir())[-1], change)
+    refused(folder, "configuration")
+
+
+def test_saving_replaces_an_older_set(folder):
+    weights.save(Network(TINY), folder)
+    assert weights.load(str(folder)).config == TINY and not folder.with_name("set.partial").exists()
