@@ -15,12 +15,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error, associate
-from speed3r_ros.sources import open_source
 
+from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error, associate
 from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Frame
+from speed3r_ros.sources import open_source
 from speed3r_ros.training.evaluate import depth_errors, evaluate_rendered, pose_errors, summarise
 
 COLUMNS = {

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from speed3r_ros.mapping.trajectory import align
-from speed3r_ros.training.render import SceneDataset
 from torch import Tensor
 
+from speed3r_ros.mapping.trajectory import align
 from speed3r_ros.model.memory import visibility
 from speed3r_ros.model.network import Network
 from speed3r_ros.training.losses import relative_poses
+from speed3r_ros.training.render import SceneDataset
 
 Predict = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -153,7 +153,7 @@ def evaluate_rendered(
     top_k: int = 32,
     seed: int = 0,
     motion: str | None = None,
-    square_pixels: bool = True,
+    basic: bool = True,
 ) -> dict[str, float]:
     """`score` of the network on held-out scenes: other seed, textures and photographs than training."""
     cuda = device.type == "cuda"
@@ -165,6 +165,6 @@ def evaluate_rendered(
         held_out=True,
         textures_per_family=8 if cuda else 1,
         samples=4 if cuda else 1,
-        square_pixels=square_pixels,
+        basic=basic,
     )
     return score(causal(network, attention, top_k), dataset, count, views, motion)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from speed3r_ros.training.render import SceneDataset
 from torch import Tensor
 
 from speed3r_ros.model import weights
@@ -27,6 +26,7 @@ from speed3r_ros.model.memory import visibility
 from speed3r_ros.model.network import Block, GlobalBlock, Network, NetworkConfig
 from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import Batch, losses
+from speed3r_ros.training.render import SceneDataset
 
 VIEWS = (2, 4, 6, 8, 12, 16, 24)  # frames of a sequence; drawn per step with the odds below
 VIEW_ODDS = (8, 15, 15, 22, 20, 14, 6)

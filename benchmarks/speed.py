@@ -1,0 +1,101 @@
+"""Time and memory of the engine's step, frame by frame.
+
+    python benchmarks/speed.py --frames 600
+
+Frames are random images at 640 x 480 with a keyframe every third frame, the steady state of a moving camera. Reports the
+engine as a whole (`push`: resize, step, transfer, keyframe policy) and the network's step alone. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+
+import numpy as np
+import psutil
+import torch
+
+from speed3r_ros.model.config import EngineConfig
+from speed3r_ros.model.engine import Engine
+from speed3r_ros.model.network import Network
+from speed3r_ros.model.types import Frame
+
+
+def device_name(engine: Engine) -> str:
+    """What ran, in words."""
+    if engine.device.type == "cuda":
+        return torch.cuda.get_device_name(engine.device)
+    return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+
+
+def resident(engine: Engine) -> float:
+    """MiB in use by the process, or on the GPU."""
+    if engine.device.type == "cuda":
+        return torch.cuda.memory_allocated(engine.device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def measure(engine: Engine, count: int) -> tuple[np.ndarray, dict[int, float]]:
+    """Seconds of each push, and memory at a few frames."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (480, 640, 3), dtype=np.uint8) for _ in range(16)]
+    seconds, memory = np.zeros(count), {}
+    keyframe = engine._is_keyframe
+    for i in range(count):
+        engine._is_keyframe = (lambda view: True) if i % 3 == 0 else (lambda view: False)
+        frame = Frame(images[i % 16], i)
+        start = time.perf_counter()
+        engine.push(frame)
+        seconds[i] = time.perf_counter() - start
+        if i in (100, count // 2, count - 1):
+            memory[i] = resident(engine)
+    engine._is_keyframe = keyframe
+    return seconds, memory
+
+
+@torch.inference_mode()
+def step_alone(engine: Engine, count: int) -> np.ndarray:
+    """Seconds of each `Network.step`, device work included."""
+    memory, seconds = engine._new_memory(), np.zeros(count)
+    image = torch.rand(3, *engine.input_size, device=engine.device)
+    for i in range(count):
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        memory.admit()
+        engine.network.step(image, memory, None, engine.config.attention, engine.config.top_k)
+        memory.keep()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[i] = time.perf_counter() - start
+    return seconds
+
+
+def main() -> None:
+    """Command-line entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=600)
+    parser.add_argument("--precision", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    print(
+        "| device | precision | attention | push p50 / p95, ms | rate, Hz | step alone p50, ms | memory, MiB, at frames |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for precision in args.precision:
+        for attention in ("speed3r", "dense"):
+            config = EngineConfig(precision=precision, attention=attention, device=args.device)
+            engine = Engine(config, Network())  # time does not depend on the weights
+            step = np.median(step_alone(engine, min(args.frames, 100))[20:]) * 1e3
+            seconds, memory = measure(engine, args.frames)
+            p50, p95 = np.percentile(seconds[len(seconds) // 5 :] * 1e3, (50, 95))
+            used = ", ".join(f"{value:.0f} @ {frame}" for frame, value in memory.items())
+            print(
+                f"| {device_name(engine)} | {precision} | {attention} | {p50:.1f} / {p95:.1f} | {1e3 / p50:.0f} | {step:.1f} | {used} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
