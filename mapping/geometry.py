@@ -11,7 +11,12 @@ T_link_optical = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 
 
 def quaternion_from_matrix(R: np.ndarray) -> np.ndarray:
     """Rotations (..., 3, 3) -> unit quaternions (..., 4) in x, y, z, w order."""
-    return Rotation.from_matrix(R.reshape(-1, 3, 3)).as_quat().reshape(*R.shape[:-2], 4)
+    return Rotation.from_matrix(np.asarray(R).reshape(-1, 3, 3)).as_quat().reshape(*R.shape[:-2], 4)
+
+
+def rotation_vector(R: np.ndarray) -> np.ndarray:
+    """Rotations (..., 3, 3) -> axis times angle in radians (..., 3)."""
+    return Rotation.from_matrix(R.reshape(-1, 3, 3)).as_rotvec().reshape(*R.shape[:-2], 3)
 
 
 def matrix_from_quaternion(q: np.ndarray) -> np.ndarray:

@@ -5,14 +5,14 @@ Poses are camera-to-world (4 x 4, OpenCV optical axes); stamps are integer nanos
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from speed3r_ros.mapping.geometry import quaternion_from_matrix, transform
+from speed3r_ros.mapping.files import written_whole
+from speed3r_ros.mapping.geometry import inverse, quaternion_from_matrix, rotation_vector, transform
 
 NANO = 1_000_000_000
 
@@ -52,10 +52,8 @@ class Trajectory:
         for stamp, T, (x, y, z, w) in zip(self.stamps_ns.tolist(), poses, q):
             tx, ty, tz = T[:3, 3]
             lines.append(f"{decimal_stamp(stamp)} {tx:.9f} {ty:.9f} {tz:.9f} {x:.9f} {y:.9f} {z:.9f} {w:.9f}")
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("\n".join(lines) + "\n")
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            partial.write_text("\n".join(lines) + "\n")
 
 
 def decimal_stamp(stamp_ns: int) -> str:
@@ -85,7 +83,7 @@ def read_tum(path: str | Path) -> Trajectory:
         try:
             stamps.append(parse_stamp(fields[0]))
             rows.append([float(field) for field in fields[1:8]])
-        except ValueError:
+        except (ValueError, OverflowError):  # infinity overflows an integer
             rows.append([])
         if len(rows[-1]) != 7 or not np.isfinite(rows[-1]).all() or not any(rows[-1][3:]):
             raise ValueError(
@@ -185,3 +183,18 @@ def absolute_trajectory_error(
         i,
         j,
     )
+
+
+def relative_errors(
+    estimate: Trajectory, truth: Trajectory, delta: int = 1, scale: float = 1.0, tolerance_ns: int = 20_000_000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of the motion over `delta` matched poses: translation (M,) in the truth's unit, rotation (M,) in radians.
+
+    `scale` multiplies the estimate's translations first. M is 0 when too few poses match.
+    """
+    i, j = associate(estimate.stamps_ns, truth.stamps_ns, tolerance_ns)
+    moved = estimate.poses[i]
+    moved[:, :3, 3] *= scale
+    true = truth.poses[j]
+    error = inverse(inverse(true[:-delta]) @ true[delta:]) @ (inverse(moved[:-delta]) @ moved[delta:])
+    return np.linalg.norm(error[:, :3, 3], axis=1), np.linalg.norm(rotation_vector(error[:, :3, :3]), axis=1)

@@ -1,0 +1,146 @@
+"""A coloured point map of bounded size: voxels in a set-associative table, each the weighted mean of what it saw."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from speed3r_ros.mapping.files import written_whole
+
+WAYS = 16  # slots per bucket: a voxel may live in any of them
+CANDIDATES = 4  # slots drawn at random in a full bucket; the least confident one makes room
+BITS = 21  # of a voxel coordinate in its 63-bit key
+EMPTY = -1
+
+
+class PointMap:
+    """Confidence-weighted voxel fusion of points in the world frame. Safe to read while another thread inserts.
+
+    Every voxel hashes to one bucket of a table that is allocated once. In a full bucket the least confident of a few
+    random slots is replaced, so a full map thins out evenly instead of losing its beginning or refusing new places,
+    and an insertion costs the same at any time. Buckets fill unevenly: the table settles slightly below its budget.
+    """
+
+    def __init__(self, voxel: float, max_points: int) -> None:
+        """Edge length of a voxel, in the unit of the points, and the most points ever held. Raises ValueError."""
+        if not (math.isfinite(voxel) and voxel > 0):
+            raise ValueError(f"voxel = {voxel!r}: must be a positive length")
+        if max_points < 1:
+            raise ValueError(f"max_points = {max_points!r}: must be at least 1")
+        self.voxel, self.max_points = float(voxel), int(max_points)
+        self._ways = min(WAYS, self.max_points)
+        self._buckets = self.max_points // self._ways
+        slots = self._buckets * self._ways
+        self._key = np.empty(slots, dtype=np.int64)
+        self._mean = np.empty((slots, 6), dtype=np.float32)  # x y z red green blue
+        self._weight = np.zeros(slots, dtype=np.float32)  # sum of confidences
+        self._seen = np.ones(slots, dtype=np.float32)  # number of points fused
+        self._claim = np.zeros(self._buckets, dtype=np.int64)
+        self._lock = threading.Lock()
+        self.clear()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return int(np.count_nonzero(self._key != EMPTY))
+
+    def clear(self) -> None:
+        """Forget all points."""
+        with self._lock:
+            self._key.fill(EMPTY)
+            self._random = np.random.default_rng(0)
+
+    def insert(self, points: np.ndarray, colors: np.ndarray, confidence: np.ndarray) -> None:
+        """Fuse points (N, 3) in the world with colours (N, 3) uint8 and confidences (N,) in (0, 1].
+
+        Points that are not finite, have no confidence, or lie beyond a million voxels from the origin are left out.
+        Raises ValueError when the shapes disagree.
+        """
+        if points.shape != (len(points), 3) or colors.shape != points.shape or confidence.shape != points.shape[:1]:
+            raise ValueError(
+                f"points {points.shape}, colors {colors.shape}, confidence {confidence.shape}: expected (N, 3), (N, 3), (N,)"
+            )
+        half = 1 << (BITS - 1)
+        cell = np.floor(points / self.voxel)
+        valid = (np.abs(cell) < half).all(1) & (confidence > 0) & np.isfinite(confidence)  # NaN compares false
+        x, y, z = cell[valid].astype(np.int64).T + half
+        key, voxel_of = np.unique((x << 2 * BITS) | (y << BITS) | z, return_inverse=True)
+        voxel_of = voxel_of.reshape(-1)  # numpy 2.0.0 gave it the input's shape
+        weight = confidence[valid].astype(np.float64)
+        total, count = np.bincount(voxel_of, weight), np.bincount(voxel_of)
+        values = np.hstack([points[valid], colors[valid]]) * weight[:, None]
+        mean = np.stack([np.bincount(voxel_of, column) for column in values.T], axis=1) / total[:, None]
+        with self._lock:
+            match = self._key.reshape(-1, self._ways)[self._bucket(key)] == key[:, None]
+            known = match.any(1)
+            slot = (self._bucket(key) * self._ways + match.argmax(1))[known]
+            share = total[known] / (self._weight[slot] + total[known])
+            self._mean[slot] += share[:, None] * (mean[known] - self._mean[slot])
+            self._weight[slot] += total[known]
+            self._seen[slot] += count[known]
+            self._place(key[~known], mean[~known], total[~known], count[~known])
+
+    def _bucket(self, key: np.ndarray) -> np.ndarray:
+        mixed = (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+        return (mixed % np.uint64(self._buckets)).astype(np.int64)
+
+    def _place(self, key: np.ndarray, mean: np.ndarray, total: np.ndarray, count: np.ndarray) -> None:
+        """Put new voxels into their buckets, one per bucket and round; more than a bucket holds are left out."""
+        bucket = self._bucket(key)
+        pending = np.arange(len(key))
+        for _ in range(self._ways):
+            if not len(pending):
+                return
+            self._claim[bucket[pending]] = pending
+            winner = self._claim[bucket[pending]] == pending
+            new, pending = pending[winner], pending[~winner]
+            free = self._key.reshape(-1, self._ways)[bucket[new]] == EMPTY
+            way = np.where(free.any(1), free.argmax(1), self._least_confident(bucket[new]))
+            slot = bucket[new] * self._ways + way
+            self._key[slot], self._mean[slot], self._weight[slot] = key[new], mean[new], total[new]
+            self._seen[slot] = count[new]
+
+    def _least_confident(self, bucket: np.ndarray) -> np.ndarray:
+        """In each bucket, the least confident of a few neighbouring slots that start at a random one."""
+        first = self._random.integers(self._ways, size=(len(bucket), 1))
+        ways = (first + np.arange(min(CANDIDATES, self._ways))) % self._ways
+        slot = bucket[:, None] * self._ways + ways
+        lowest = (self._weight[slot] / self._seen[slot]).argmin(1)
+        return np.take_along_axis(ways, lowest[:, None], 1)[:, 0]
+
+    def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Copies of points (N, 3) float32, colours (N, 3) uint8 and mean confidences (N,) float32, in no spatial order."""
+        with self._lock:
+            used = self._key != EMPTY
+            mean, confidence = self._mean[used], self._weight[used] / self._seen[used]
+        return mean[:, :3], np.rint(mean[:, 3:]).astype(np.uint8), confidence
+
+    @property
+    def points(self) -> np.ndarray:
+        """(N, 3) float32, a copy."""
+        return self.snapshot()[0]
+
+    @property
+    def colors(self) -> np.ndarray:
+        """(N, 3) uint8 RGB, a copy."""
+        return self.snapshot()[1]
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """(N,) float32, a copy: mean confidence of what each voxel saw."""
+        return self.snapshot()[2]
+
+    def write_ply(self, path: str | Path) -> None:
+        """Write a binary little-endian PLY of x y z red green blue confidence. Raises OSError."""
+        points, colors, confidence = self.snapshot()
+        row = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")])
+        vertices = np.empty(len(points), dtype=row)
+        vertices["xyz"], vertices["rgb"], vertices["confidence"] = points, colors, confidence
+        fields = [f"float {axis}" for axis in "xyz"] + [f"uchar {c}" for c in ("red", "green", "blue")]
+        header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
+        header += [f"property {field}" for field in (*fields, "float confidence")] + ["end_header"]
+        with written_whole(path) as partial, open(partial, "wb") as file:
+            file.write(("\n".join(header) + "\n").encode())
+            file.write(vertices.tobytes())

@@ -1,0 +1,400 @@
+"""Transforms, trajectories, their files and errors, and the map of points, against closed forms and other libraries."""
+
+import os
+import threading
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
+
+from speed3r_ros.mapping import geometry
+from speed3r_ros.mapping.point_map import PointMap
+from speed3r_ros.mapping.trajectory import (
+    Trajectory,
+    absolute_trajectory_error,
+    align,
+    associate,
+    decimal_stamp,
+    parse_stamp,
+    read_tum,
+    relative_errors,
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+def random_transforms(rng, count):
+    T = np.tile(np.eye(4), (count, 1, 1))
+    T[:, :3, :3] = Rotation.random(count, random_state=int(rng.integers(2**31))).as_matrix()
+    T[:, :3, 3] = rng.normal(size=(count, 3)) * 3
+    return T
+
+
+def walk(rng, count, start_ns=1_700_000_000_123_456_789, step_ns=100_000_000):
+    """A trajectory of many small random motions."""
+    trajectory, T = Trajectory(), np.eye(4)
+    for index in range(count):
+        step = np.eye(4)
+        step[:3, :3] = Rotation.from_rotvec(rng.normal(size=3) * 0.1).as_matrix()
+        step[:3, 3] = rng.normal(size=3) * 0.1 + [0, 0, 0.2]
+        T = T @ step
+        trajectory.append(start_ns + index * step_ns, T)
+    return trajectory
+
+
+def transformed(trajectory, scale, T_new_old):
+    """The same trajectory seen from another world, in another unit."""
+    out = Trajectory()
+    for stamp, T in zip(trajectory.stamps_ns, trajectory.poses):
+        T[:3, 3] *= scale
+        out.append(stamp, T_new_old @ T)
+    return out
+
+
+# geometry
+
+
+def test_quaternions_are_xyzw_and_return_the_rotation(rng):
+    R = random_transforms(rng, 12)[:, :3, :3].reshape(3, 4, 3, 3)
+    q = geometry.quaternion_from_matrix(R)
+    assert q.shape == (3, 4, 4) and q.dtype == np.float64
+    x, y, z, w = np.moveaxis(q, -1, 0)
+    # the textbook matrix of a unit quaternion, first row
+    np.testing.assert_allclose(R[..., 0, 0], 1 - 2 * (y * y + z * z), atol=1e-12)
+    np.testing.assert_allclose(R[..., 0, 1], 2 * (x * y - z * w), atol=1e-12)
+    np.testing.assert_allclose(R[..., 0, 2], 2 * (x * z + y * w), atol=1e-12)
+    np.testing.assert_allclose(geometry.matrix_from_quaternion(5 * q), R, atol=1e-12)
+
+
+def test_inverse_equals_the_matrix_inverse(rng):
+    T = random_transforms(rng, 6).reshape(2, 3, 4, 4)
+    np.testing.assert_allclose(geometry.inverse(T), np.linalg.inv(T), atol=1e-12)
+
+
+def test_optical_frame_follows_rep_103():
+    q = geometry.quaternion_from_matrix(geometry.T_link_optical[:3, :3])
+    np.testing.assert_allclose(q * np.sign(q[3]), [-0.5, 0.5, -0.5, 0.5], atol=1e-12)
+    np.testing.assert_array_equal(geometry.T_link_optical @ [0, 0, 1, 1], [1, 0, 0, 1])  # optical z is forward
+
+
+def test_rotation_vector_has_the_angle_for_length(rng):
+    axis = rng.normal(size=3)
+    vector = axis / np.linalg.norm(axis) * rng.uniform(0.01, 3)
+    np.testing.assert_allclose(geometry.rotation_vector(Rotation.from_rotvec(vector).as_matrix()), vector, atol=1e-9)
+
+
+# trajectory
+
+
+def test_bounded_trajectory_keeps_the_newest_poses(rng):
+    trajectory, poses = Trajectory(max_length=7), random_transforms(rng, 30)
+    for stamp, T in enumerate(poses):
+        trajectory.append(stamp, T)
+    assert len(trajectory) == 7
+    np.testing.assert_array_equal(trajectory.stamps_ns, np.arange(23, 30))
+    np.testing.assert_array_equal(trajectory.poses, poses[23:])
+
+
+def test_a_trajectory_keeps_its_own_copy(rng):
+    trajectory, T = Trajectory(), np.eye(4)
+    trajectory.append(1, T)
+    T[:3, 3] = 5
+    np.testing.assert_array_equal(trajectory.poses[0], np.eye(4))
+
+
+def test_tum_file_round_trip_keeps_every_nanosecond(rng, tmp_path):
+    trajectory = walk(rng, 20, start_ns=int(rng.integers(1, 2**61)), step_ns=33_333_333)
+    trajectory.write_tum(tmp_path / "t.tum")
+    again = read_tum(tmp_path / "t.tum")
+    np.testing.assert_array_equal(again.stamps_ns, trajectory.stamps_ns)
+    np.testing.assert_allclose(again.poses, trajectory.poses, atol=1e-8)
+    rows = np.loadtxt(tmp_path / "t.tum")  # an independent reader
+    np.testing.assert_allclose(rows[:, 1:4], trajectory.poses[:, :3, 3], atol=1e-8)
+    np.testing.assert_allclose(Rotation.from_quat(rows[:, 4:]).as_matrix(), trajectory.poses[:, :3, :3], atol=1e-8)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.tum"]
+
+
+def test_an_empty_trajectory_is_a_valid_file(tmp_path):
+    Trajectory().write_tum(tmp_path / "t.tum")
+    assert len(read_tum(tmp_path / "t.tum")) == 0
+
+
+def test_a_failed_write_leaves_the_old_file(rng, tmp_path, monkeypatch):
+    walk(rng, 3).write_tum(tmp_path / "t.tum")
+    before = (tmp_path / "t.tum").read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        walk(rng, 5).write_tum(tmp_path / "t.tum")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.tum"]
+    assert (tmp_path / "t.tum").read_bytes() == before
+
+
+def test_stamps_are_exact_decimals(rng):
+    for stamp in [0, 1, -1, 999_999_999, 10**9, -1_500_000_000, *rng.integers(-(2**62), 2**62, 50).tolist()]:
+        assert Decimal(decimal_stamp(stamp)) == Decimal(stamp) / 10**9
+        assert parse_stamp(decimal_stamp(stamp)) == stamp
+    assert parse_stamp("12.5") == 12_500_000_000 and parse_stamp("7") == 7_000_000_000
+
+
+@pytest.mark.parametrize(
+    "line", ["1.0 0 0 0 0 0 1", "1.0 0 0 0 0 0 0 0", "1.0 nan 0 0 0 0 0 1", "now 0 0 0 0 0 0 1", "inf 0 0 0 0 0 0 1"]
+)
+def test_a_bad_tum_line_is_named(tmp_path, line):
+    (tmp_path / "t.tum").write_text(f"# comment\n0.0 0 0 0 0 0 0 1\n{line}\n")
+    with pytest.raises(ValueError, match="line 3: expected `timestamp tx ty tz qx qy qz qw`"):
+        read_tum(tmp_path / "t.tum")
+
+
+# association, alignment, errors
+
+
+def test_association_is_one_to_one_nearest_and_within_tolerance(rng):
+    truth = np.sort(rng.choice(10_000, 60, replace=False)).astype(np.int64)
+    estimate = rng.permutation(truth[rng.choice(60, 40, replace=False)] + rng.integers(-30, 31, 40))
+    i, j = associate(estimate, truth, tolerance_ns=25)
+    gap = np.abs(estimate[:, None] - truth[None])
+    assert len(set(i)) == len(i) and len(set(j)) == len(j)
+    assert (gap[i, j] <= 25).all()
+    for row in set(range(40)) - set(i):  # an unmatched stamp has no free partner among its neighbours
+        nearest = gap[row].argmin()
+        assert gap[row, nearest] > 25 or (nearest in j and gap[i[list(j).index(nearest)], nearest] <= gap[row, nearest])
+    for row, column in zip(i, j):  # a pair that is not the nearest lost it to a closer one
+        nearest = gap[row].argmin()
+        assert gap[row, nearest] == gap[row, column] or gap[i[list(j).index(nearest)], nearest] <= gap[row, nearest]
+
+
+def test_association_of_nothing_is_empty():
+    i, j = associate(np.zeros(0, np.int64), np.arange(3), 10)
+    assert len(i) == len(j) == 0
+
+
+def test_alignment_recovers_a_random_similarity(rng):
+    source, scale = rng.normal(size=(30, 3)), rng.uniform(0.1, 10)
+    R, t = Rotation.random(random_state=int(rng.integers(2**31))).as_matrix(), rng.normal(size=3) * 5
+    s, R_found, t_found = align(source, scale * source @ R.T + t)
+    np.testing.assert_allclose(s, scale, rtol=1e-10)
+    np.testing.assert_allclose(R_found, R, atol=1e-10)
+    np.testing.assert_allclose(t_found, t, atol=1e-9)
+
+
+def test_alignment_of_a_mirror_image_is_still_a_rotation(rng):
+    source = rng.normal(size=(20, 3))
+    _, R, _ = align(source, source * [1, 1, -1])
+    assert np.linalg.det(R) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_alignment_reaches_the_least_squares_optimum(rng, with_scale):
+    source, target = rng.normal(size=(15, 3)), rng.normal(size=(15, 3))
+
+    def cost(x):
+        R = Rotation.from_rotvec(x[:3]).as_matrix()
+        return ((target - ((np.exp(x[6]) if with_scale else 1) * source @ R.T + x[3:6])) ** 2).sum()
+
+    s, R, t = align(source, target, with_scale)
+    best = min(
+        minimize(cost, [*Rotation.random(random_state=k).as_rotvec(), *np.zeros(4)], tol=1e-12).fun for k in range(6)
+    )
+    found = cost([*Rotation.from_matrix(R).as_rotvec(), *t, np.log(s)])
+    assert found == pytest.approx(best, rel=1e-5)
+
+
+def test_ate_of_a_moved_and_scaled_trajectory_is_zero_and_its_scale_recovered(rng):
+    truth, scale = walk(rng, 40), rng.uniform(0.2, 5)
+    estimate = transformed(truth, 1 / scale, random_transforms(rng, 1)[0])
+    result = absolute_trajectory_error(estimate, truth)
+    assert result.rmse < 1e-9 and result.scale == pytest.approx(scale) and result.coverage == 1
+    metric = absolute_trajectory_error(estimate, truth, with_scale=False)
+    assert metric.scale == 1 and metric.rmse > 0.01
+
+
+def test_ate_counts_only_matched_poses_and_says_how_many(rng):
+    truth, estimate = walk(rng, 50), Trajectory()
+    for index in range(0, 50, 2):
+        estimate.append(truth.stamps_ns[index] + 1_000_000, truth.poses[index])
+    result = absolute_trajectory_error(estimate, truth, tolerance_ns=2_000_000)
+    assert result.matched == 25 and result.coverage == 0.5 and result.rmse < 1e-9
+    with pytest.raises(ValueError, match="0 of 50 true poses match"):
+        absolute_trajectory_error(estimate, truth, tolerance_ns=500_000)
+
+
+def test_errors_agree_with_evo(rng):
+    evo_trajectory = pytest.importorskip("evo.core.trajectory", reason="waits for `pip install evo`")
+    metrics = pytest.importorskip("evo.core.metrics")
+
+    def to_evo(trajectory):
+        return evo_trajectory.PoseTrajectory3D(poses_se3=list(trajectory.poses), timestamps=trajectory.stamps_ns / 1e9)
+
+    truth = walk(rng, 60)
+    noisy = Trajectory()
+    for stamp, T in zip(truth.stamps_ns, transformed(truth, 0.3, random_transforms(rng, 1)[0]).poses):
+        T[:3, 3] += rng.normal(size=3) * 0.02
+        T[:3, :3] = T[:3, :3] @ Rotation.from_rotvec(rng.normal(size=3) * 0.02).as_matrix()
+        noisy.append(stamp, T)
+    result = absolute_trajectory_error(noisy, truth)
+
+    reference, estimate = to_evo(truth), to_evo(noisy)
+    _, _, scale = estimate.align(reference, correct_scale=True)
+    ape = metrics.APE(metrics.PoseRelation.translation_part)
+    ape.process_data((reference, estimate))
+    assert result.scale == pytest.approx(scale, rel=1e-9)
+    assert result.rmse == pytest.approx(ape.get_statistic(metrics.StatisticsType.rmse), rel=1e-9)
+    assert result.median == pytest.approx(ape.get_statistic(metrics.StatisticsType.median), rel=1e-9)
+
+    for delta in (1, 5):
+        translation, rotation = relative_errors(noisy, truth, delta, scale=result.scale)
+        for mine, relation in (
+            (translation, metrics.PoseRelation.translation_part),
+            (rotation, metrics.PoseRelation.rotation_angle_rad),
+        ):
+            rpe = metrics.RPE(relation, delta=delta, delta_unit=metrics.Unit.frames, all_pairs=True)
+            rpe.process_data((reference, estimate))
+            np.testing.assert_allclose(mine, rpe.error, atol=1e-7)
+
+
+# the map of points
+
+
+def brute_force(voxel, batches):
+    """Fusion by a dictionary of lists."""
+    cells = {}
+    for points, colors, confidence in batches:
+        for p, c, w in zip(points.astype(float), colors.astype(float), confidence.astype(float)):
+            cells.setdefault(tuple(np.floor(p / voxel).astype(int)), []).append((w, p, c))
+    rows = {}
+    for cell, seen in cells.items():
+        w = np.array([item[0] for item in seen])
+        rows[cell] = (*(np.average([item[k] for item in seen], axis=0, weights=w) for k in (1, 2)), w.mean())
+    return rows
+
+
+def batch(rng, count, extent=1.0):
+    return (
+        rng.uniform(-extent, extent, (count, 3)).astype(np.float32),
+        rng.integers(0, 256, (count, 3), dtype=np.uint8),
+        rng.uniform(0.05, 1, count).astype(np.float32),
+    )
+
+
+def test_fusion_is_the_confidence_weighted_mean_of_each_voxel(rng):
+    voxel, batches = 0.23, [batch(rng, 400) for _ in range(4)]
+    point_map = PointMap(voxel, 20_000)
+    for item in batches:
+        point_map.insert(*item)
+    expected = brute_force(voxel, batches)
+    points, colors, confidence = point_map.snapshot()
+    assert len(point_map) == len(points) == len(expected)
+    for p, c, w in zip(points, colors, confidence):
+        # the mean of points of a cell lies in the cell; nudge against rounding on its border
+        options = {tuple(np.floor(p / voxel + e).astype(int)) for e in (0, 1e-5, -1e-5)} & set(expected)
+        closest = min(options, key=lambda cell: np.abs(expected[cell][0] - p).max())
+        mean_p, mean_c, mean_w = expected[closest]
+        np.testing.assert_allclose(p, mean_p, atol=1e-5)
+        np.testing.assert_allclose(c, mean_c, atol=0.51)
+        np.testing.assert_allclose(w, mean_w, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 10, 100, 3_000])
+def test_the_budget_is_hard_and_the_storage_never_grows(rng, budget):
+    point_map = PointMap(0.01, budget)
+    storage = [id(value) for value in vars(point_map).values() if isinstance(value, np.ndarray)]
+    for _ in range(12):
+        point_map.insert(*batch(rng, 2_000))
+        assert len(point_map) <= budget
+    assert len(point_map) >= 0.9 * budget
+    assert storage == [id(value) for value in vars(point_map).values() if isinstance(value, np.ndarray)]
+
+
+def test_a_full_map_keeps_old_and_new_places(rng):
+    """Ten places, each enough to fill the map: all of them keep a share, the newest the largest."""
+    point_map = PointMap(0.01, 4_000)
+    for place in range(10):
+        points, colors, confidence = batch(rng, 2_000)
+        point_map.insert(points + [10 * place, 0, 0], colors, confidence)
+    share = np.bincount(np.rint(point_map.points[:, 0] / 10).astype(int), minlength=10) / 4_000
+    assert (share > 0.005).all() and share[9] > 0.15
+
+
+def test_a_full_map_drops_unsure_points_first(rng):
+    point_map = PointMap(0.01, 2_000)
+    points, colors, _ = batch(rng, 2_000)
+    sure = np.where(np.arange(2_000) % 2, 0.9, 0.1).astype(np.float32)
+    point_map.insert(points, colors, sure)
+    point_map.insert(*batch(rng, 1_500)[:2], np.full(1_500, 0.5, np.float32))
+    confidence = point_map.confidence
+    kept = [(np.isclose(confidence, value, atol=1e-3)).sum() for value in (0.9, 0.1)]
+    assert kept[0] > 2 * kept[1]
+
+
+def test_points_without_position_or_confidence_are_left_out(rng):
+    points, colors, confidence = batch(rng, 6)
+    points[0, 1], points[1, 2], points[2] = np.nan, np.inf, 1e9
+    confidence[3], confidence[4] = 0, np.nan
+    point_map = PointMap(1e-4, 100)
+    point_map.insert(points, colors, confidence)
+    np.testing.assert_allclose(point_map.points, points[5:], rtol=1e-6)
+    point_map.insert(*(part[:0] for part in (points, colors, confidence)))
+    assert len(point_map) == 1
+    point_map.clear()
+    assert len(point_map) == 0
+
+
+def test_bad_arguments_are_named(rng):
+    for arguments, message in (
+        ((0.0, 5), "voxel = 0.0"),
+        ((float("nan"), 5), "voxel = nan"),
+        ((1.0, 0), "max_points = 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PointMap(*arguments)
+    points, colors, confidence = batch(rng, 5)
+    with pytest.raises(ValueError, match=r"expected \(N, 3\), \(N, 3\), \(N,\)"):
+        PointMap(1.0, 5).insert(points, colors, confidence[:4])
+
+
+def test_ply_is_read_back_by_an_independent_reader(rng, tmp_path):
+    point_map = PointMap(1e-3, 5_000)
+    point_map.insert(*batch(rng, 1_000))
+    point_map.write_ply(tmp_path / "map.ply")
+    assert [path.name for path in tmp_path.iterdir()] == ["map.ply"]
+    plyfile = pytest.importorskip("plyfile", reason="waits for `pip install plyfile`")
+    ply = plyfile.PlyData.read(tmp_path / "map.ply")
+    vertex = ply["vertex"]
+    assert not ply.text and ply.byte_order == "<"
+    points, colors, confidence = point_map.snapshot()
+    np.testing.assert_array_equal(np.stack([vertex[axis] for axis in "xyz"], 1), points)
+    np.testing.assert_array_equal(np.stack([vertex[c] for c in ("red", "green", "blue")], 1), colors)
+    np.testing.assert_array_equal(vertex["confidence"], confidence)
+
+
+def test_reading_while_inserting_gives_whole_snapshots(rng):
+    """Every inserted point has red = 100 x its x; a torn snapshot would mix rows."""
+    point_map, stop = PointMap(0.01, 3_000), threading.Event()
+
+    def insert():
+        mine = np.random.default_rng()
+        while not stop.is_set():
+            points, colors, confidence = batch(mine, 500)
+            points = np.abs(points).round(2) + np.float32(0.005)
+            colors[:, 0] = np.floor(points[:, 0] * 100)
+            point_map.insert(points, colors, confidence)
+
+    thread = threading.Thread(target=insert)
+    thread.start()
+    try:
+        for _ in range(30):
+            points, colors, confidence = point_map.snapshot()
+            assert len(points) == len(colors) == len(confidence) <= 3_000
+            np.testing.assert_array_equal(np.floor(points[:, 0] * 100), colors[:, 0])
+    finally:
+        stop.set()
+        thread.join()
