@@ -1,0 +1,160 @@
+"""What one reconstruction produced, and the numbers that judge it. Filled by the bag command or from a recording."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import numpy as np
+
+from speed3r_ros.mapping.trajectory import (
+    Trajectory,
+    absolute_trajectory_error,
+    associate,
+    relative_errors,
+)
+
+TOLERANCE_NS = 20_000_000  # between the stamps of a frame and of its true pose
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One instant: image (h, w, 3) uint8 RGB, depth (h, w) with NaN where invalid, confidence (h, w) in [0, 1].
+
+    aspect: width over height of the camera's image, which the network's input need not have.
+    """
+
+    stamp_ns: int
+    image: np.ndarray
+    depth: np.ndarray
+    confidence: np.ndarray
+    aspect: float = 4 / 3
+
+
+@dataclass
+class Results:
+    """One run over one input.
+
+    frames: offered by the input. trajectory: of the frames that got a pose, camera-to-world. truth: the input's, if any.
+    points, colors: the final map in the trajectory's world, (N, 3) float32 and (N, 3) uint8.
+    latency_s: (N,) seconds from a frame's arrival to its pose. wall_s: (N,) monotonic times of the poses.
+    live: frames came in real time, so that slow processing drops some. lost: frames without a pose, by reason.
+    """
+
+    name: str
+    frames: int
+    trajectory: Trajectory
+    truth: Trajectory | None = None
+    strips: list[Strip] = field(default_factory=list)
+    points: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))
+    colors: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.uint8))
+    latency_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    wall_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    live: bool = False
+    lost: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Errors against the truth, in its unit (degrees for rotations), and what trivial trajectories would score.
+
+    line: a straight line at constant speed; still: a camera that stays at the centroid; both aligned like the estimate.
+    """
+
+    ate: float
+    ate_metric: float
+    scale: float
+    coverage: float
+    matched: int
+    path: float
+    step: float
+    step_rotation: float
+    line: float
+    still: float
+
+
+def accuracy(results: Results) -> Accuracy | None:
+    """Errors over the frames that have a pose and a truth; None when there are fewer than 3."""
+    truth, estimate = results.truth, results.trajectory
+    if truth is None or len(associate(estimate.stamps_ns, truth.stamps_ns, TOLERANCE_NS)[0]) < 3:
+        return None
+    similar = absolute_trajectory_error(estimate, truth, tolerance_ns=TOLERANCE_NS)
+    rigid = absolute_trajectory_error(estimate, truth, with_scale=False, tolerance_ns=TOLERANCE_NS)
+    translation, rotation = relative_errors(estimate, truth, scale=similar.scale, tolerance_ns=TOLERANCE_NS)
+    matched = truth.poses[similar.truth_index, :3, 3]
+    return Accuracy(
+        ate=similar.rmse,
+        ate_metric=rigid.rmse,
+        scale=similar.scale,
+        coverage=similar.coverage,
+        matched=similar.matched,
+        path=similar.path,
+        step=rms(translation),
+        step_rotation=float(np.rad2deg(rms(rotation))),
+        line=absolute_trajectory_error(straight_line(estimate), truth, tolerance_ns=TOLERANCE_NS).rmse,
+        still=rms(np.linalg.norm(matched - matched.mean(0), axis=1)),
+    )
+
+
+def rms(values: np.ndarray) -> float:
+    """Root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def straight_line(trajectory: Trajectory) -> Trajectory:
+    """Constant velocity along x at the same stamps."""
+    line, stamps = Trajectory(), trajectory.stamps_ns
+    for stamp in stamps:
+        T = np.eye(4)
+        T[0, 3] = (stamp - stamps[0]) / 1e9
+        line.append(stamp, T)
+    return line
+
+
+def rate(results: Results) -> float:
+    """Poses per second of wall-clock time."""
+    wall = results.wall_s
+    return (len(wall) - 1) / (wall[-1] - wall[0]) if len(wall) > 1 and wall[-1] > wall[0] else float("nan")
+
+
+def dropped(results: Results) -> int:
+    """Frames that were offered and got neither a pose nor a reason."""
+    return max(results.frames - len(results.trajectory) - sum(results.lost.values()), 0)
+
+
+def summary(results: Results) -> str:
+    """A few lines for the terminal."""
+    poses, score = len(results.trajectory), accuracy(results)
+    lines = [f"frames     {poses} of {results.frames} have a pose ({poses / max(results.frames, 1):.1%})"]
+    if results.live:
+        lines.append(f"dropped    {dropped(results)}")
+    lines += [f"lost       {count}: {reason}" for reason, count in results.lost.items()]
+    if np.isfinite(rate(results)):
+        lines.append(f"rate       {rate(results):.2f} Hz")
+    if len(results.latency_s):
+        p50, p95 = np.percentile(results.latency_s, (50, 95)) * 1e3
+        lines.append(f"latency    {p50:.0f} ms median, {p95:.0f} ms 95th percentile")
+    if score:
+        lines += [
+            f"ATE        {score.ate:.4f} after Sim(3) alignment, on a path of {score.path:.2f}",
+            f"           scale {score.scale:.4f}, coverage {score.coverage:.1%} ({score.matched} true poses matched)",
+            f"           {score.ate_metric:.4f} after SE(3) alignment",
+            f"baselines  {score.line:.4f} straight line, {score.still:.4f} standing still",
+        ]
+    elif results.truth is not None:
+        lines.append("ATE        not computed: fewer than 3 poses match the truth in time")
+    lines.append(f"map        {len(results.points)} points")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of what decides its numbers."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in ("speed3r_ros", "torch", "numpy", "opencv-python", "opencv-python-headless", "rosbags"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
