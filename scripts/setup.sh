@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Create or update .venv with all that speed3r_ros needs, then enter it. Run it, or `source` it to stay in the environment.
+#   PYTHON=python3.12 scripts/setup.sh     # another interpreter than python3
+# With a sourced ROS 2, its rclpy, messages and OpenCV are used; without one, wheels of them are installed.
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+
+_speed3r_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+_speed3r_install() (
+  set -uo pipefail  # no -e: bash ignores it in a function whose result is tested
+  cd "$1" || exit 1
+  venv=$1/.venv
+  torch=2.13.0
+  say() { printf 'setup: %s\n' "$*" >&2; }
+  die() { say "$*"; exit 1; }
+  step() { say "[$1/4] $2"; }
+  # On a terminal pip draws its progress bars; in a log a line per download is enough.
+  pip_install() {
+    local what=$1
+    shift
+    if [[ -t 1 && -t 2 ]]; then
+      "$venv/bin/python" -m pip install --disable-pip-version-check "$@"
+    else
+      "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
+        { grep -E '^ *(Downloading|Installing collected|Successfully|ERROR|Building wheel)' || true; } >&2
+    fi || die "installing $what failed (see above). Is there a network? pip's settings (PIP_INDEX_URL, PIP_FIND_LINKS) are used."
+  }
+
+  python=${PYTHON:-python3}
+  command -v "$python" > /dev/null || die "no $python: sudo apt install python3 python3-venv"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "$("$python" -V) is too old: 3.10 or newer is needed; give one with PYTHON=/path/to/python3.x"
+
+  # The wheels of rclpy serve machines without an apt ROS. A sourced ROS keeps its own compiled messages, which need the
+  # NumPy and the OpenCV that they were built with.
+  extras=ros,test
+  venv_options=()
+  constraint=
+  if "$python" -c 'import rclpy' 2> /dev/null && [[ -n ${ROS_DISTRO:-} ]]; then
+    extras="test"
+    venv_options=(--system-site-packages)
+    "$python" -c 'import cv2' 2> /dev/null || extras=opencv,test
+    constraint=$("$python" -c 'import numpy as n; print("numpy<2" if n.__version__ < "2" else "")' 2> /dev/null || true)
+  fi
+
+  if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+    "$python" -c 'import ensurepip, venv' 2> /dev/null || die "$python has no venv module: sudo apt install python3-venv"
+    step 1 "virtual environment .venv with $("$python" -V)"
+    "$python" -m venv --clear "${venv_options[@]}" "$venv" || die "cannot create $venv"
+  fi
+  if command -v flock > /dev/null; then
+    exec 9> "$venv/.speed3r_ros.lock"
+    flock 9
+  fi
+
+  state=$({ cat setup.py setup.cfg pyproject.toml scripts/setup.sh; "$venv/bin/python" -V; echo "$PWD $extras"; } | sha256sum)
+  stamp=$venv/.speed3r_ros.stamp
+  if [[ -f $stamp && $(< "$stamp") == "$state" ]]; then
+    say "environment is up to date (.venv)"
+    exit 0
+  fi
+  say "installing into .venv (extras: $extras); the first time takes a few minutes"
+  constraints=$venv/.speed3r_ros.constraints
+  echo "$constraint" > "$constraints"
+
+  if "$venv/bin/python" -c 'import torch' 2> /dev/null; then
+    step 2 "torch is there"
+  else
+    cpu_wheels=https://download.pytorch.org/whl/cpu
+    index=()
+    if nvidia-smi -L > /dev/null 2>&1; then
+      step 2 "torch $torch for the NVIDIA GPU (several GB)"
+    elif "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$cpu_wheels/torch/', timeout=5)" 2> /dev/null; then
+      step 2 "torch $torch for the CPU"
+      index=(--extra-index-url "$cpu_wheels")  # its 2.13.0+cpu sorts above the CUDA build of several GB
+    else
+      step 2 "torch $torch (no answer from $cpu_wheels, hence the build that pip's settings offer)"
+    fi
+    pip_install torch -c "$constraints" "torch==$torch" "${index[@]}"
+  fi
+
+  step 3 "speed3r_ros, editable, with its requirements"
+  pip_install speed3r_ros -c "$constraints" -e ".[$extras]"
+
+  if [[ $extras != *ros* ]] || "$venv/bin/python" -c 'import tf2_msgs' 2> /dev/null; then
+    step 4 "tf2_msgs is there"
+  else
+    step 4 "tf2_msgs, for TF on the wire"
+    bash scripts/build_tf2_msgs.sh >&2 || say "no tf2_msgs: the node runs without publishing TF (sudo apt install g++ cmake ninja-build, then again)"
+  fi
+  echo "$state" > "$stamp"
+  say "done"
+)
+
+if ! _speed3r_install "$_speed3r_root"; then
+  # shellcheck disable=SC2317  # a sourced script returns, an executed one exits
+  return 1 2> /dev/null || exit 1
+fi
+export VIRTUAL_ENV=$_speed3r_root/.venv
+export PATH=$VIRTUAL_ENV/bin:$PATH
+# The wheels leave the ament index in the environment's own prefix.
+if [[ -z ${ROS_DISTRO:-} ]]; then
+  export AMENT_PREFIX_PATH=$VIRTUAL_ENV
+fi
