@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 T_link_optical = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
 """Optical frame (x right, y down, z forward) in the camera link (x forward, y left, z up): REP-103."""
 
 
 def quaternion_from_matrix(R: np.ndarray) -> np.ndarray:
-    """Rotations (..., 3, 3) -> unit quaternions (..., 4) in x, y, z, w order."""
-    return Rotation.from_matrix(np.asarray(R).reshape(-1, 3, 3)).as_quat().reshape(*R.shape[:-2], 4)
-
-
-def rotation_vector(R: np.ndarray) -> np.ndarray:
-    """Rotations (..., 3, 3) -> axis times angle in radians (..., 3)."""
-    return Rotation.from_matrix(R.reshape(-1, 3, 3)).as_rotvec().reshape(*R.shape[:-2], 3)
+    """Rotations (..., 3, 3) -> unit quaternions (..., 4) in x, y, z, w order (Shepperd, 1978)."""
+    R = np.asarray(R, dtype=np.float64)
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = np.moveaxis(R, (-2, -1), (0, 1))
+    outer = [  # 4 q q^T; the row with the largest diagonal is the best conditioned multiple of q
+        [1 + xx - yy - zz, xy + yx, xz + zx, zy - yz],
+        [xy + yx, 1 - xx + yy - zz, yz + zy, xz - zx],
+        [xz + zx, yz + zy, 1 - xx - yy + zz, yx - xy],
+        [zy - yz, xz - zx, yx - xy, 1 + xx + yy + zz],
+    ]
+    outer = np.moveaxis(np.array(outer), (0, 1), (-2, -1))
+    best = np.diagonal(outer, axis1=-2, axis2=-1).argmax(-1)
+    q = np.take_along_axis(outer, best[..., None, None], axis=-2)[..., 0, :]
+    return q / np.linalg.norm(q, axis=-1, keepdims=True)
 
 
 def matrix_from_quaternion(q: np.ndarray) -> np.ndarray:
     """Quaternions (..., 4) in x, y, z, w order, of any non-zero norm -> rotations (..., 3, 3)."""
     q = np.asarray(q, dtype=np.float64)
-    return Rotation.from_quat(q.reshape(-1, 4)).as_matrix().reshape(*q.shape[:-1], 3, 3)
+    x, y, z, w = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
+    R = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.moveaxis(np.array(R), (0, 1), (-2, -1))
+
+
+def rotation_angle(R: np.ndarray) -> np.ndarray:
+    """Angles in radians, in [0, pi], of rotations (..., 3, 3); accurate near zero, where the arc cosine is not."""
+    q = quaternion_from_matrix(R)
+    return 2 * np.arctan2(np.linalg.norm(q[..., :3], axis=-1), np.abs(q[..., 3]))
 
 
 def transform(translation: np.ndarray, quaternion: np.ndarray) -> np.ndarray:

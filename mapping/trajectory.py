@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from speed3r_ros.mapping.files import written_whole
-from speed3r_ros.mapping.geometry import inverse, quaternion_from_matrix, rotation_vector, transform
+from speed3r_ros.mapping.geometry import inverse, quaternion_from_matrix, rotation_angle, transform
 
 NANO = 1_000_000_000
 
@@ -47,7 +47,7 @@ class Trajectory:
     def write_tum(self, path: str | Path) -> None:
         """Write `timestamp tx ty tz qx qy qz qw` lines; the file appears whole or not at all. Raises OSError."""
         poses = self.poses
-        q = quaternion_from_matrix(poses[:, :3, :3]) if len(poses) else np.zeros((0, 4))
+        q = quaternion_from_matrix(poses[:, :3, :3])
         lines = ["# timestamp tx ty tz qx qy qz qw (camera-to-world, OpenCV optical axes)"]
         for stamp, T, (x, y, z, w) in zip(self.stamps_ns.tolist(), poses, q):
             tx, ty, tz = T[:3, 3]
@@ -90,7 +90,7 @@ def read_tum(path: str | Path) -> Trajectory:
                 f"{path}, line {number}: expected `timestamp tx ty tz qx qy qz qw`, found {line.strip()!r}"
             )
     values = np.array(rows).reshape(-1, 7)
-    for stamp, T in zip(stamps, transform(values[:, :3], values[:, 3:]) if len(values) else []):
+    for stamp, T in zip(stamps, transform(values[:, :3], values[:, 3:])):
         trajectory.append(stamp, T)
     return trajectory
 
@@ -197,4 +197,4 @@ def relative_errors(
     moved[:, :3, 3] *= scale
     true = truth.poses[j]
     error = inverse(inverse(true[:-delta]) @ true[delta:]) @ (inverse(moved[:-delta]) @ moved[delta:])
-    return np.linalg.norm(error[:, :3, 3], axis=1), np.linalg.norm(rotation_vector(error[:, :3, :3]), axis=1)
+    return np.linalg.norm(error[:, :3, 3], axis=1), rotation_angle(error[:, :3, :3])

@@ -324,12 +324,12 @@ def confidence_colors(confidence: np.ndarray) -> np.ndarray:
     return cv2.applyColorMap((255 * level).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1].copy()
 
 
-def new_figure(columns: int, height: float, widths: tuple[float, ...] | None = None):
+def new_figure(columns: int, height: float, widths: tuple[float, ...] = (1, 1)):
     """A matplotlib figure without a window, in the page's style."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.6, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, width_ratios=widths)[0]
+    axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={"width_ratios": widths[:columns]})[0]
     for ax in axes:
         ax.set_facecolor("none")
         ax.spines[["top", "right"]].set_visible(False)
@@ -363,7 +363,7 @@ def label(ax, x: str, y: str, title: str = "") -> None:
 def with_gaps(stamps_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Values (N, ...) with NaN before each frame that comes late, so that a plotted line breaks there."""
     values, step = np.array(values, dtype=np.float64), np.diff(stamps_ns)
-    late = np.flatnonzero(step > 5 * max(np.median(step), 1)) + 1 if len(step) else []
+    late = np.flatnonzero(step > 5 * max(np.median(step), 1)) + 1 if len(step) else np.zeros(0, int)
     return np.insert(values, late, np.nan, axis=0)
 
 
