@@ -26,7 +26,7 @@ _speed3r_install() (
       "$venv/bin/python" -m pip install --disable-pip-version-check "$@"
     else
       "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
-        { grep -E '^ *(Downloading|Installing collected|Successfully|ERROR|Building wheel)' || true; } >&2
+        { grep -E '^ *(Downloading|ERROR)' || true; } >&2
     fi || die "installing $what failed (see above). Is there a network? pip's settings (PIP_INDEX_URL, PIP_FIND_LINKS) are used."
   }
 

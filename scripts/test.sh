@@ -14,7 +14,6 @@ source scripts/setup.sh
 
 # Nodes of tests talk to one another only: a domain that no robot of this network is likely to use.
 export ROS_DOMAIN_ID=${ROS_DOMAIN_ID:-$((RANDOM % 100 + 1))}
-export RUFF_NO_CACHE=true
 
 echo "test: ruff check" >&2
 python -m ruff check .

@@ -100,7 +100,9 @@ def test_links_are_relative_and_stay_inside():
 
 
 def test_wheel(source, tmp_path):
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ".", cwd=source)
+    run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ".", cwd=source
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -127,7 +129,9 @@ def test_colcon_build(source, tmp_path):
     prefix = tmp_path / "install" / "speed3r_ros"
     check_share(source, prefix)
     program = prefix / "lib" / "speed3r_ros" / "recon_node"
-    assert program.read_text().startswith("#!/usr/bin/env python3\n"), "the active virtual environment must run the node"
+    assert program.read_text().startswith("#!/usr/bin/env python3\n"), (
+        "the active virtual environment must run the node"
+    )
     listed = "source install/setup.bash && echo $AMENT_PREFIX_PATH"
     assert str(prefix) in run("bash", "-c", listed, cwd=tmp_path).strip().split(":")
 
