@@ -133,14 +133,21 @@ class PointMap:
         return self.snapshot()[2]
 
     def write_ply(self, path: str | Path) -> None:
-        """Write a binary little-endian PLY of x y z red green blue confidence. Raises OSError."""
-        points, colors, confidence = self.snapshot()
-        row = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")])
-        vertices = np.empty(len(points), dtype=row)
-        vertices["xyz"], vertices["rgb"], vertices["confidence"] = points, colors, confidence
-        fields = [f"float {axis}" for axis in "xyz"] + [f"uchar {c}" for c in ("red", "green", "blue")]
-        header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
-        header += [f"property {field}" for field in (*fields, "float confidence")] + ["end_header"]
-        with written_whole(path) as partial, open(partial, "wb") as file:
-            file.write(("\n".join(header) + "\n").encode())
-            file.write(vertices.tobytes())
+        """Write a binary PLY of x y z red green blue confidence. Raises OSError."""
+        write_ply(path, *self.snapshot())
+
+
+def write_ply(path: str | Path, points: np.ndarray, colors: np.ndarray, confidence: np.ndarray | None = None) -> None:
+    """Write a binary little-endian PLY of points (N, 3), colours (N, 3) uint8 and confidences (N,). Raises OSError."""
+    values = {axis: ("float", "<f4", points[:, k]) for k, axis in enumerate("xyz")}
+    values |= {name: ("uchar", "u1", colors[:, k]) for k, name in enumerate(("red", "green", "blue"))}
+    if confidence is not None:
+        values["confidence"] = ("float", "<f4", confidence)
+    vertices = np.empty(len(points), dtype=[(name, kind) for name, (_, kind, _) in values.items()])
+    for name, (_, _, column) in values.items():
+        vertices[name] = column
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
+    header += [f"property {kind} {name}" for name, (kind, _, _) in values.items()] + ["end_header"]
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        file.write(("\n".join(header) + "\n").encode())
+        file.write(vertices.tobytes())

@@ -15,6 +15,7 @@ from speed3r_ros.mapping.trajectory import (
     relative_errors,
 )
 
+STRIPS = 8  # instants shown
 TOLERANCE_NS = 20_000_000  # between the stamps of a frame and of its true pose
 
 
@@ -96,6 +97,11 @@ def accuracy(results: Results) -> Accuracy | None:
         line=absolute_trajectory_error(straight_line(estimate), truth, tolerance_ns=TOLERANCE_NS).rmse,
         still=rms(np.linalg.norm(matched - matched.mean(0), axis=1)),
     )
+
+
+def evenly(count: int, wanted: int = STRIPS) -> list[int]:
+    """Up to `wanted` indices spread over range(count), the first and the last included."""
+    return sorted({round(index) for index in np.linspace(0, count - 1, min(wanted, count))})
 
 
 def rms(values: np.ndarray) -> float:
