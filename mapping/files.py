@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,24 +22,26 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_written_whole(path: str | Path) -> Iterator[Path]:
-    """Give a new, empty folder, which takes the place of `path` on success and is removed on any failure.
+def folder_written_whole(path: str | Path, owned: Collection[str] = ()) -> Iterator[Path]:
+    """Give a new, empty folder that moves to `path` on success and vanishes on any failure. Raises OSError.
 
-    Its last component already is that of `path`, for contents that name their folder. Raises OSError.
+    Its last component already is that of `path`, for contents that name their folder. An existing folder stays (it may
+    be a mount point); its entries give way to new ones of the same name, and those in `owned` go.
     """
     path = Path(os.path.abspath(path))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    new, old = beside / path.name, beside / "replaced"
+    workshop = (path if path.is_dir() else path.parent) / f".{path.name}.{os.getpid()}.partial"
+    new, old = workshop / "new" / path.name, workshop / "old"
     try:
         new.mkdir(parents=True)
+        old.mkdir()
         yield new
-        if path.exists():
-            os.rename(path, old)
-        try:
+        if not path.exists():
             os.rename(new, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
+            return
+        names = os.listdir(new)
+        for name in {*owned, *names} & set(os.listdir(path)):
+            os.rename(path / name, old / name)
+        for name in names:
+            os.rename(new / name, path / name)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(workshop, ignore_errors=True)

@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
 from speed3r_ros.mapping import geometry
+from speed3r_ros.mapping.files import folder_written_whole
 from speed3r_ros.mapping.point_map import PointMap
 from speed3r_ros.mapping.trajectory import (
     Trajectory,
@@ -166,6 +167,40 @@ def test_a_bad_tum_line_is_named(tmp_path, line):
     (tmp_path / "t.tum").write_text(f"# comment\n0.0 0 0 0 0 0 0 1\n{line}\n")
     with pytest.raises(ValueError, match="line 3: expected `timestamp tx ty tz qx qy qz qw`"):
         read_tum(tmp_path / "t.tum")
+
+
+# folders
+
+
+def entries(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with folder_written_whole(tmp_path / "a" / "out") as folder:
+        assert folder.name == "out" and not (tmp_path / "a" / "out").exists()
+        (folder / "x").write_text("1")
+    assert entries(tmp_path / "a" / "out") == {"x": "1"} and os.listdir(tmp_path / "a") == ["out"]
+
+
+def test_an_existing_folder_keeps_what_is_not_replaced_or_owned(tmp_path):
+    for name in ("mine", "x", "stale"):
+        (tmp_path / name).write_text("old")
+    with folder_written_whole(tmp_path, owned={"x", "stale", "never"}) as folder:
+        (folder / "x").write_text("new")
+        assert (tmp_path / "x").read_text() == "old"
+    assert entries(tmp_path) == {"mine": "old", "x": "new"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
+def test_a_failure_leaves_the_old_folder_or_nothing(tmp_path, error):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+    for name in ("out", "fresh"):
+        with pytest.raises(error), folder_written_whole(tmp_path / name, owned={"x"}) as folder:
+            (folder / "x").write_text("new")
+            raise error
+    assert os.listdir(tmp_path) == ["out"] and entries(tmp_path / "out") == {"x": "old"}
 
 
 # association, alignment, errors
