@@ -15,6 +15,7 @@ _speed3r_install() (
   cd "$1" || exit 1
   venv=$1/.venv
   torch=2.13.0
+  pip=("$venv/bin/python" -m pip install --disable-pip-version-check -c "$venv/.speed3r_ros.constraints")
   say() { printf 'setup: %s\n' "$*" >&2; }
   die() { say "$*"; exit 1; }
   step() { say "[$1/4] $2"; }
@@ -23,9 +24,9 @@ _speed3r_install() (
     local what=$1
     shift
     if [[ -t 1 && -t 2 ]]; then
-      "$venv/bin/python" -m pip install --disable-pip-version-check "$@"
+      "${pip[@]}" "$@"
     else
-      "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 |
+      "${pip[@]}" --progress-bar off "$@" 2>&1 |
         { grep -E '^ *(Downloading|ERROR)' || true; } >&2
     fi || die "installing $what failed (see above). Is there a network? pip's settings (PIP_INDEX_URL, PIP_FIND_LINKS) are used."
   }
@@ -36,17 +37,23 @@ _speed3r_install() (
     die "$("$python" -V) is too old: 3.10 or newer is needed; give one with PYTHON=/path/to/python3.x"
 
   # The wheels of rclpy serve machines without an apt ROS. A sourced ROS keeps its own compiled messages, which need the
-  # NumPy and the OpenCV that they were built with.
+  # NumPy and the OpenCV that they were built with, and its pytest plug-ins, which do not run in pytest 9.
   extras=ros,test
   venv_options=()
-  constraint=
-  if "$python" -c 'import rclpy' 2> /dev/null && [[ -n ${ROS_DISTRO:-} ]]; then
+  constraints=()
+  if [[ -n ${ROS_DISTRO:-} ]] && "$python" -c 'import rclpy' 2> /dev/null; then
     extras="test"
     venv_options=(--system-site-packages)
     "$python" -c 'import cv2' 2> /dev/null || extras=opencv,test
-    constraint=$("$python" -c 'import numpy as n; print("numpy<2" if n.__version__ < "2" else "")' 2> /dev/null || true)
+    constraints=("pytest<9")
+    "$python" -c 'import numpy, sys; sys.exit(numpy.__version__ < "2")' 2> /dev/null || constraints+=("numpy<2")
   fi
 
+  stamp=$venv/.speed3r_ros.stamp
+  if [[ -f $stamp && $(head -n 1 "$stamp") != "$extras" ]]; then
+    say "ROS was sourced before and is not now, or the reverse: .venv is made anew"
+    rm -rf "$venv"
+  fi
   if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
     "$python" -c 'import ensurepip, venv' 2> /dev/null || die "$python has no venv module: sudo apt install python3-venv"
     step 1 "virtual environment .venv with $("$python" -V)"
@@ -57,15 +64,13 @@ _speed3r_install() (
     flock 9
   fi
 
-  state=$({ cat setup.py setup.cfg pyproject.toml scripts/setup.sh; "$venv/bin/python" -V; echo "$PWD $extras"; } | sha256sum)
-  stamp=$venv/.speed3r_ros.stamp
-  if [[ -f $stamp && $(< "$stamp") == "$state" ]]; then
+  state=$({ cat setup.py setup.cfg pyproject.toml scripts/*.sh; "$venv/bin/python" -V; pwd; } | sha256sum)
+  if [[ -f $stamp && $(< "$stamp") == "$extras"$'\n'"$state" ]]; then
     say "environment is up to date (.venv)"
     exit 0
   fi
   say "installing into .venv (extras: $extras); the first time takes a few minutes"
-  constraints=$venv/.speed3r_ros.constraints
-  echo "$constraint" > "$constraints"
+  printf '%s\n' "${constraints[@]}" > "$venv/.speed3r_ros.constraints"
 
   if "$venv/bin/python" -c 'import torch' 2> /dev/null; then
     step 2 "torch is there"
@@ -80,11 +85,11 @@ _speed3r_install() (
     else
       step 2 "torch $torch (no answer from $cpu_wheels, hence the build that pip's settings offer)"
     fi
-    pip_install torch -c "$constraints" "torch==$torch" "${index[@]}"
+    pip_install torch "torch==$torch" "${index[@]}"
   fi
 
   step 3 "speed3r_ros, editable, with its requirements"
-  pip_install speed3r_ros -c "$constraints" -e ".[$extras]"
+  pip_install speed3r_ros -e ".[$extras]"
 
   if [[ $extras != *ros* ]] || "$venv/bin/python" -c 'import tf2_msgs' 2> /dev/null; then
     step 4 "tf2_msgs is there"
@@ -92,7 +97,7 @@ _speed3r_install() (
     step 4 "tf2_msgs, for TF on the wire"
     bash scripts/build_tf2_msgs.sh >&2 || say "no tf2_msgs: the node runs without publishing TF (sudo apt install g++ cmake ninja-build, then again)"
   fi
-  echo "$state" > "$stamp"
+  printf '%s\n' "$extras" "$state" > "$stamp"
   say "done"
 )
 
@@ -102,7 +107,8 @@ if ! _speed3r_install "$_speed3r_root"; then
 fi
 export VIRTUAL_ENV=$_speed3r_root/.venv
 export PATH=$VIRTUAL_ENV/bin:$PATH
-# The wheels leave the ament index in the environment's own prefix.
-if [[ -z ${ROS_DISTRO:-} ]]; then
+# The wheels have their ament index in the environment's own prefix.
+if [[ -d $VIRTUAL_ENV/share/ament_index ]]; then
   export AMENT_PREFIX_PATH=$VIRTUAL_ENV
+  unset _ROS_WHEELS_BOOTSTRAP_COMPLETE  # set by the python of another environment, it would hide this one's libraries
 fi
