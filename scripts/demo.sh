@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Reconstruct a recording live: a ROS 2 node, fed in real time by a second process and recorded by a third.
+#   scripts/demo.sh [INPUT] [--out DIR] [NODE ARGUMENT...]
+# INPUT   a ROS 2 bag (sqlite3 or mcap), a video, or a folder of images; default: the sample bag
+# --out   folder of report.html, trajectory.tum, map.ply and the recorded bag; default: out
+# What follows goes to the node, e.g. -p engine.attention:=dense
+set -euo pipefail
+
+usage() { sed -n '2,6s/^# \{0,1\}//p' "$0"; }
+say() { printf 'demo: %s\n' "$*" >&2; }
+die() {
+  say "$*"
+  exit 1
+}
+
+input=
+out=out
+node_arguments=()
+while (($#)); do
+  case $1 in
+    -h | --help) usage; exit 0 ;;
+    --out) out=${2:?"--out needs a folder"}; shift ;;
+    --out=*) out=${1#--out=} ;;
+    -p | -r | --params-file) node_arguments+=("$1" "${2:?"$1 needs a value"}"); shift ;;
+    -*) usage >&2; die "unknown option $1" ;;
+    *) [[ -z $input ]] || die "one INPUT at a time: $input or $1"; input=$1 ;;
+  esac
+  shift
+done
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+input=${input:-$root/resource/sample_bag}
+[[ -e $input ]] || die "no such input: $input"
+mkdir -p "$out" 2> /dev/null && [[ -w $out ]] || die "cannot write into $out"
+out=$(cd "$out" && pwd)
+# shellcheck source=scripts/setup.sh
+source "$root/scripts/setup.sh"
+
+# Nothing of a robot on this network is heard or disturbed.
+export ROS_DOMAIN_ID=$((RANDOM % 100 + 1))
+export PYTHONUNBUFFERED=1
+
+# Large shared-memory segments need room; a container often has 64 MB.
+room=$(df --output=avail --block-size=1M /dev/shm 2> /dev/null | tail -n 1 || echo 0)
+if [[ -n ${FASTRTPS_DEFAULT_PROFILES_FILE:-}${FASTDDS_DEFAULT_PROFILES_FILE:-} ]]; then
+  say "Fast DDS profile of the environment is kept"
+elif ((room < 160)); then
+  say "/dev/shm has ${room// /} MB: Fast DDS keeps its small segments (docker run --shm-size=512m makes it faster)"
+else
+  export FASTRTPS_DEFAULT_PROFILES_FILE=$root/config/fastdds.xml  # Humble, Jazzy
+  export FASTDDS_DEFAULT_PROFILES_FILE=$root/config/fastdds.xml  # Kilted and later
+fi
+
+processes=()
+cleanup() {
+  trap - EXIT INT TERM
+  for pid in "${processes[@]}"; do kill -TERM "$pid" 2> /dev/null || true; done
+  for _ in {1..50}; do
+    kill -0 "${processes[@]}" 2> /dev/null || break
+    sleep 0.2
+  done
+  for pid in "${processes[@]}"; do kill -KILL "$pid" 2> /dev/null || true; done
+  wait 2> /dev/null || true
+}
+trap cleanup EXIT
+trap 'say interrupted; exit 130' INT TERM
+
+# start LOG COMMAND...: run in the background and give its process id in `pid`.
+start() {
+  local log=$1
+  shift
+  "$@" > "$log" 2>&1 &
+  pid=$!
+  processes+=("$pid")
+}
+alive() { kill -0 "$1" 2> /dev/null; }
+failed() {
+  tail -n 15 "$2" >&2
+  die "$1 ended early; its log is $2"
+}
+
+rm -rf "$out/recorded" "$out/sent.csv"
+start "$out/record.log" python -m speed3r_ros.record "$out/recorded" --until-idle 5
+record=$pid
+start "$out/node.log" python -m speed3r_ros.recon_node --ros-args "${node_arguments[@]}"
+node=$pid
+say "node $node and recorder $record run in ROS domain $ROS_DOMAIN_ID"
+
+say "playing $input in real time"
+python -m speed3r_ros.play "$input" --wait 120 --log "$out/sent.csv" &
+play=$!
+processes+=("$play")
+while alive "$play"; do
+  alive "$node" || failed "the node" "$out/node.log"
+  alive "$record" || failed "the recorder" "$out/record.log"
+  sleep 0.3
+done
+wait "$play" || die "the input could not be played (see above)"
+
+say "all played; waiting for the last poses"
+for _ in {1..100}; do
+  alive "$record" || break
+  alive "$node" || failed "the node" "$out/node.log"
+  sleep 0.3
+done
+kill -TERM "$record" 2> /dev/null || true  # a run without any pose does not end by itself
+wait "$record" || failed "the recorder" "$out/record.log"
+kill -TERM "$node" 2> /dev/null || true
+wait "$node" || failed "the node" "$out/node.log"
+
+say "writing the report"
+python -m speed3r_ros.cli report --recorded "$out/recorded" --source "$input" --sent "$out/sent.csv" --out "$out"
+say "report: $out/report.html"
