@@ -1,0 +1,134 @@
+"""TF without tf2: the camera's place on the robot, and the transforms that the node publishes.
+
+`tf2_msgs` is imported here only, so that the node also runs where it is not installed (then without TF).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
+
+from speed3r_ros.convert import matrix_from_transform
+from speed3r_ros.mapping.geometry import T_link_optical, inverse, transform
+
+try:
+    from tf2_msgs.msg import TFMessage
+except ImportError:
+    TFMessage = None
+
+STATIC = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+def parse_pose(text: str) -> np.ndarray:
+    """`x y z qx qy qz qw` -> (4, 4). Raises ValueError naming the value."""
+    try:
+        values = np.array([float(item) for item in text.replace(",", " ").split()])
+    except ValueError:
+        values = np.zeros(0)
+    if len(values) != 7 or not np.isfinite(values).all() or np.linalg.norm(values[3:]) < 1e-6:
+        raise ValueError(f"frames.base_to_camera = {text!r}: expected `x y z qx qy qz qw` with a non-zero quaternion")
+    return transform(values[:3], values[3:])
+
+
+class Broadcaster:
+    """Sends transforms on /tf and /tf_static; silent where tf2_msgs is missing."""
+
+    def __init__(self, node: Node) -> None:
+        self._dynamic = self._static = None
+        if TFMessage is None:
+            node.get_logger().warning("TF is off: tf2_msgs is not installed; install ros-$ROS_DISTRO-tf2-msgs")
+            return
+        self._dynamic = node.create_publisher(TFMessage, "/tf", 100)
+        self._node = node
+
+    def send(self, *transforms: Any) -> None:
+        """Publish TransformStamped messages on /tf."""
+        if self._dynamic and transforms:
+            self._dynamic.publish(TFMessage(transforms=list(transforms)))
+
+    def send_static(self, message: Any) -> None:
+        """Publish one TransformStamped on /tf_static."""
+        if self._dynamic is None:
+            return
+        if self._static is None:
+            self._static = self._node.create_publisher(TFMessage, "/tf_static", STATIC)
+        self._static.publish(TFMessage(transforms=[message]))
+
+
+class Extrinsics:
+    """The camera's optical frame in the robot's base frame, from a parameter or from TF, looked up once."""
+
+    def __init__(self, node: Node, base: str, given: str) -> None:
+        self._base, self._given = base, parse_pose(given) if given else None
+        self._edges: dict[str, tuple[str, np.ndarray]] = {}
+        self._subscriptions = []
+        self._node = node
+        if self._given is None and base and TFMessage is not None:
+            self._subscriptions = [
+                node.create_subscription(TFMessage, "/tf_static", self._store, STATIC),
+                node.create_subscription(TFMessage, "/tf", self._store, 100),
+            ]
+
+    def _store(self, message: Any) -> None:
+        for item in message.transforms:
+            try:
+                self._edges[item.child_frame_id.lstrip("/")] = (
+                    item.header.frame_id.lstrip("/"),
+                    matrix_from_transform(item.transform),
+                )
+            except ValueError as error:
+                self._node.get_logger().warning(f"TF {item.child_frame_id!r}: {error}", throttle_duration_sec=5.0)
+
+    def lookup(self, camera: str) -> np.ndarray | None:
+        """T_base_camera (4, 4), or None while TF does not connect the two frames."""
+        if self._given is not None:
+            return self._given
+        if not self._base or camera == self._base:
+            return np.eye(4)
+        up_camera, up_base = self._ancestors(camera), self._ancestors(self._base)
+        for frame, T in up_camera.items():
+            if frame in up_base:
+                return inverse(up_base[frame]) @ T
+        return None
+
+    def _ancestors(self, frame: str) -> dict[str, np.ndarray]:
+        """Pose of the frame in itself and in each of its ancestors, nearest first."""
+        T, found = np.eye(4), {frame: np.eye(4)}
+        edges = dict(self._edges)
+        while frame in edges and len(found) < 100:
+            frame, step = edges[frame]
+            if frame in found:
+                break
+            T = step @ T
+            found[frame] = T
+        return found
+
+    def finish(self) -> None:
+        """Stop listening to TF."""
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+        self._subscriptions = []
+
+
+class WorldFrame:
+    """From the engine's world (the first camera's optical axes) to z-up frames (REP-103, REP-105).
+
+    T_odom_base(t) = T_base_camera T_world_camera(t) T_base_camera^-1: the identity at first, and a camera that moves
+    along its optical axis moves the base forward. When the base is the camera itself, the map is levelled by the
+    optical convention.
+    """
+
+    def __init__(self, T_base_cam: np.ndarray) -> None:
+        self.T_base_cam = T_base_cam
+        self.T_map_world = T_link_optical if np.allclose(T_base_cam, np.eye(4)) else T_base_cam
+
+    def base(self, T_world_cam: np.ndarray) -> np.ndarray:
+        """Pose of the base in odom (4, 4)."""
+        return self.T_map_world @ T_world_cam @ inverse(self.T_base_cam)
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """World points (N, 3) in the map."""
+        return points @ self.T_map_world[:3, :3].T + self.T_map_world[:3, 3]

@@ -1,0 +1,82 @@
+"""From frames to poses, depth and a map: what the node and the bag command have in common. No ROS."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from speed3r_ros.config import Config
+from speed3r_ros.mapping.point_map import PointMap
+from speed3r_ros.mapping.trajectory import Trajectory
+from speed3r_ros.model.engine import Engine
+from speed3r_ros.model.types import Estimate, Frame
+
+LONGEST = 1_000_000  # poses kept for ~/save_trajectory: nine hours at 30 Hz, in bounded memory
+
+
+class Pipeline:
+    """Engine, scale, trajectory and map.
+
+    Poses are camera-to-world, OpenCV axes; world is the optical frame of the first tracked frame since `reset`.
+    """
+
+    def __init__(self, config: Config | None = None, engine: Engine | None = None) -> None:
+        self.config = config or Config()
+        self.engine = engine or Engine(self.config.engine)
+        self.trajectory = Trajectory(LONGEST)
+        self.point_map = PointMap(self.config.map.voxel, self.config.map.max_points)
+        self._origin = np.eye(4)
+        self._last = np.eye(4)
+
+    def process(self, frame: Frame) -> Estimate:
+        """Estimate of one frame, in metres as far as `scale.factor` makes them so. Raises ValueError as `Engine.push`."""
+        estimate = self.engine.push(frame)
+        if estimate.T_world_cam is None:
+            return estimate
+        factor = self.config.scale.factor
+        T = estimate.T_world_cam.copy()
+        T[:3, 3] *= factor
+        self._last = T = self._origin @ T
+        sigma = estimate.pose_sigma * [factor, 1.0]
+        estimate = replace(estimate, T_world_cam=T, depth=estimate.depth * np.float32(factor), pose_sigma=sigma)
+        self.trajectory.append(frame.stamp_ns, T)
+        if estimate.is_keyframe:
+            points, colors, confidence = cloud(estimate, self.config, min_confidence=self.config.map.min_confidence)
+            self.point_map.insert(points @ T[:3, :3].T + T[:3, 3], colors, confidence)
+        return estimate
+
+    def restart(self) -> None:
+        """Forget what the engine has seen, but go on from the last pose: trajectory and map stay."""
+        self.engine.reset()
+        self._origin = self._last
+
+    def reset(self) -> None:
+        """Start anew: trajectory and map are cleared, and the next frame defines the world."""
+        self.engine.reset()
+        self.trajectory.clear()
+        self.point_map.clear()
+        self._origin = self._last = np.eye(4)
+
+
+def valid_depth(estimate: Estimate, config: Config) -> np.ndarray:
+    """Depth (h, w) float32 with NaN where confidence or range rule it out (REP-118)."""
+    good = (estimate.confidence >= config.depth.min_confidence) & (estimate.depth <= config.depth.max)
+    return np.where(good, estimate.depth, np.float32(np.nan))
+
+
+def cloud(
+    estimate: Estimate, config: Config, most: int = 0, min_confidence: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Valid points (N, 3) float32 in the camera's optical frame, colours (N, 3) uint8, confidences (N,).
+
+    With more than `most` > 0 of them, an even random subset.
+    """
+    depth = valid_depth(estimate, config)
+    v, u = np.nonzero(np.isfinite(depth) & (estimate.confidence >= min_confidence))
+    if most and len(u) > most:
+        chosen = np.random.default_rng(0).choice(len(u), most, replace=False, shuffle=False)
+        v, u = v[chosen], u[chosen]
+    z, K = depth[v, u], estimate.K
+    points = np.stack([(u - K[0, 2]) / K[0, 0] * z, (v - K[1, 2]) / K[1, 1] * z, z], 1).astype(np.float32)
+    return points, estimate.image[v, u], estimate.confidence[v, u]
