@@ -41,7 +41,7 @@ def check(config: Any, prefix: str = "") -> None:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The streaming engine: which network, and how much of the past it keeps (DESIGN 3.2)."""
+    """The streaming engine: which network, and how much of the past it keeps."""
 
     weights: str = setting("compact", "name of shipped weights, or a folder of safetensors shards")
     attention: str = setting("speed3r", "global attention strategy", choices=("speed3r", "dense"))

@@ -1,0 +1,442 @@
+"""The ROS 2 node: images in, poses, TF, depth, confidence and points out.
+
+Three threads that never wait for one another: the executor receives and answers, one thread computes (newest frame
+wins), one builds and publishes messages. Nothing is built for a topic without subscribers.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseWithCovarianceStamped
+from nav_msgs.msg import Odometry, Path
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.clock import JumpThreshold
+from rclpy.duration import Duration
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
+from std_srvs.srv import SetBool, Trigger
+
+from speed3r_ros import convert
+from speed3r_ros.config import Config, settings, with_values
+from speed3r_ros.convert import camera_from_info, image_to_array, ns_to_stamp, stamp_to_ns
+from speed3r_ros.diagnostics import Statistics, diagnostics_message
+from speed3r_ros.frames import Broadcaster, Extrinsics, WorldFrame
+from speed3r_ros.mapping.geometry import T_link_optical, inverse
+from speed3r_ros.mapping.trajectory import Trajectory
+from speed3r_ros.model.engine import Engine
+from speed3r_ros.model.types import Estimate, Frame, Tracking
+from speed3r_ros.pipeline import Pipeline, cloud, valid_depth
+from speed3r_ros.qos import FollowingSubscription
+from speed3r_ros.worker import Worker
+
+OUTPUT_DEPTH = 5
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+FOREIGN_PARAMETERS = ("use_sim_time", "start_type_description_service", "qos_overrides.")
+
+
+@dataclass
+class Received:
+    """An image message and when it arrived (monotonic seconds)."""
+
+    message: Any
+    info: CameraInfo | None
+    arrived: float
+
+
+@dataclass
+class Answer:
+    """An estimate on its way out."""
+
+    estimate: Estimate
+    frame_id: str
+    T_odom_base: np.ndarray
+    twist: np.ndarray
+    arrived: float
+
+
+def descriptor(item: Any) -> ParameterDescriptor:
+    """Description, range and mutability of a setting."""
+    meta, out = (
+        item.metadata,
+        ParameterDescriptor(description=item.metadata["help"], read_only=not item.metadata["live"]),
+    )
+    if meta["choices"]:
+        out.additional_constraints = f"one of: {', '.join(meta['choices'])}"
+    low, high = meta["low"], meta["high"]
+    if low is not None and high is not None and type(item.default) is int:
+        out.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=0)]
+    elif low is not None and high is not None and type(item.default) is float:
+        out.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high), step=0.0)]
+    return out
+
+
+def twist_between(T_before: np.ndarray, T_now: np.ndarray, seconds: float) -> np.ndarray:
+    """Mean velocity (6,) in the moving frame over an interval: linear, then angular (axis-angle rate)."""
+    if seconds <= 0:
+        return np.zeros(6)
+    step = inverse(T_before) @ T_now
+    R = step[:3, :3]
+    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / 2
+    sine = np.linalg.norm(axis)
+    angle = np.arctan2(sine, (np.trace(R) - 1) / 2)
+    return np.concatenate([step[:3, 3], axis * (angle / sine if sine > 1e-12 else 1.0)]) / seconds
+
+
+class ReconNode(Node):
+    """Topics, frames and services: see the README. Raises ValueError for parameters or weights that cannot work."""
+
+    def __init__(self, engine: Engine | None = None, **node_options: Any) -> None:
+        super().__init__("speed3r", **node_options)
+        self.config = self._declare()
+        self.pipeline = Pipeline(self.config, engine)
+        self.statistics = Statistics()
+        self.paused = False
+        self._lock = threading.Lock()  # pipeline and what is derived from it
+        self._world: WorldFrame | None = None
+        self._camera = (None, None)  # CameraInfo message and what it means
+        self._info: CameraInfo | None = None
+        self._last_stamp: int | None = None
+        self._last_pose: tuple[int, np.ndarray] | None = None
+        self._first_image = 0.0
+        self._map_version = -1
+        self._told: set[str] = set()
+        self._path = Trajectory(self.config.path.max_length)
+        self.extrinsics = Extrinsics(self, self.config.frames.base, self.config.frames.base_to_camera)
+        self.broadcaster = Broadcaster(self)
+        self._create_outputs()
+        self._publisher = Worker("publish", 16, self._publish, self._report)
+        self._computer = Worker("compute", 1, self._compute, self._report)
+        self._create_inputs()
+        engine = self.pipeline.engine
+        self.get_logger().info(
+            f"ready: {self.config.engine.weights} weights on {engine.device}, {str(engine.dtype).removeprefix('torch.')}, "
+            f"{self.config.engine.attention} attention; scale factor {self.config.scale.factor:g}"
+            + ("" if self.config.scale.factor != 1 else " (monocular: lengths are in units of the model, not metres)")
+        )
+
+    # ------------------------------------------------------------------------------------------------- construction
+
+    def _declare(self) -> Config:
+        given = {
+            name: parameter.value
+            for name, parameter in self._parameter_overrides.items()
+            if not name.startswith(FOREIGN_PARAMETERS)
+        }
+        config = with_values(Config(), given)
+        for name, item, value in settings(config):
+            self.declare_parameter(name, value, descriptor(item), ignore_override=True)
+        self.add_on_set_parameters_callback(self._set_parameters)
+        return config
+
+    def _set_parameters(self, parameters: list[Any]) -> SetParametersResult:
+        known = {name for name, _, _ in settings(self.config)}
+        try:
+            config = with_values(self.config, {p.name: p.value for p in parameters if p.name in known})
+        except ValueError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        self.config = self.pipeline.config = config
+        self.pipeline.engine.config = config.engine
+        return SetParametersResult(successful=True)
+
+    def _create_outputs(self) -> None:
+        def output(kind: type, topic: str, qos: Any = OUTPUT_DEPTH) -> Any:
+            return self.create_publisher(kind, topic, qos)
+
+        self.pose_pub = output(PoseWithCovarianceStamped, "pose")
+        self.odometry_pub = output(Odometry, "odometry")
+        self.path_pub = output(Path, "path")
+        self.depth_pub = output(Image, "depth/image")
+        self.depth_info_pub = output(CameraInfo, "depth/camera_info")
+        self.confidence_pub = output(Image, "confidence")
+        self.points_pub = output(PointCloud2, "points")
+        self.map_pub = output(PointCloud2, "map_points", LATCHED)
+        self.diagnostics_pub = output(DiagnosticArray, "/diagnostics", 10)
+
+    def _create_inputs(self) -> None:
+        raw = self.config.input.image_transport == "raw"
+        kind, topic = (Image, "image") if raw else (CompressedImage, "image/compressed")
+        self.images = FollowingSubscription(self, kind, topic, self._receive, self.config.input.reliability)
+        self.infos = FollowingSubscription(
+            self, CameraInfo, "camera_info", self._receive_info, self.config.input.reliability
+        )
+        self.create_service(Trigger, "~/reset", self._on_reset)
+        self.create_service(SetBool, "~/pause", self._on_pause)
+        self.create_service(Trigger, "~/save_trajectory", self._on_save_trajectory)
+        self.create_service(Trigger, "~/save_map", self._on_save_map)
+        self.create_timer(1 / self.config.tf.rate, self._send_map_to_odom)
+        self.create_timer(1 / self.config.path.rate, self._send_path)
+        self.create_timer(1 / self.config.map.rate, self._send_map)
+        self.create_timer(1.0, self._send_diagnostics)
+        backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=False)
+        self._jump_handle = self.get_clock().create_jump_callback(backward, post_callback=self._on_clock_jump)
+
+    # ------------------------------------------------------------------------------------------- executor: callbacks
+
+    def _receive(self, message: Any) -> None:
+        self.statistics.received()
+        if not self.paused:
+            self._computer.mailbox.put(Received(message, self._info, time.monotonic()))
+
+    def _receive_info(self, message: CameraInfo) -> None:
+        self._info = message
+
+    def _on_clock_jump(self, jump: Any) -> None:
+        if self.config.input.reset_on_time_jump:
+            self._reset(f"the clock jumped back by {-jump.delta.nanoseconds / 1e9:.3f} s")
+
+    def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._reset("on request")
+        response.success, response.message = True, "reset"
+        return response
+
+    def _on_pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        self.paused = request.data
+        if self.paused:
+            self._computer.mailbox.clear()
+            self.statistics.tracking = "paused"
+        response.success, response.message = True, "paused" if self.paused else "running"
+        return response
+
+    def _on_save_trajectory(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        path = self.config.output.trajectory_path
+        return self._save(
+            response, path, lambda: self.pipeline.trajectory.write_tum(path), f"{len(self.pipeline.trajectory)} poses"
+        )
+
+    def _on_save_map(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        path = self.config.output.map_path
+        return self._save(
+            response, path, lambda: self.pipeline.point_map.write_ply(path), f"{len(self.pipeline.point_map)} points"
+        )
+
+    def _save(self, response: Trigger.Response, path: str, write: Any, what: str) -> Trigger.Response:
+        try:
+            write()
+            response.success, response.message = True, f"{what} written to {path}"
+        except OSError as error:
+            response.success, response.message = (
+                False,
+                f"{path} not written: {error.strerror or error}; set another path",
+            )
+            self.get_logger().error(response.message)
+        return response
+
+    # ------------------------------------------------------------------------------------------------ compute thread
+
+    def _compute(self, received: Received) -> None:
+        message = received.message
+        stamp_ns = stamp_to_ns(message.header.stamp)
+        frame_id = self.config.frames.camera or message.header.frame_id
+        if not self._check_time(stamp_ns):
+            return
+        frame = self._frame(message, received.info, stamp_ns)
+        with self._lock:
+            if not self._find_extrinsics(frame_id):
+                return
+            estimate = self.pipeline.process(frame)
+            latency = time.monotonic() - received.arrived
+            self.statistics.processed(latency, estimate.tracking.value, estimate.lost_reason)
+            if estimate.tracking is Tracking.LOST:
+                self.statistics.count("lost")
+                self._tell(estimate.lost_reason)
+                self._last_pose = None
+                return
+            T = self._world.base(estimate.T_world_cam)
+            seconds = (stamp_ns - self._last_pose[0]) / 1e9 if self._last_pose else 0.0
+            twist = twist_between(self._last_pose[1], T, seconds) if self._last_pose else np.zeros(6)
+            self._last_pose = stamp_ns, T
+            self._path.append(stamp_ns, T)
+        self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist, received.arrived))
+
+    def _check_time(self, stamp_ns: int) -> bool:
+        """Whether the frame continues the stream, starts it anew, or repeats what has been seen."""
+        last, self._last_stamp = self._last_stamp, stamp_ns
+        if last is None:
+            return True
+        if stamp_ns == last:
+            self.statistics.count("bad")
+            self._tell(f"image stamp {stamp_ns} ns repeats: the frame is skipped; check the camera driver's clock")
+            return False
+        if stamp_ns < last and self.config.input.reset_on_time_jump:
+            self._reset(f"image stamps jumped back by {(last - stamp_ns) / 1e9:.3f} s")
+            self._last_stamp = stamp_ns
+        elif stamp_ns - last > self.config.input.max_gap * 1e9:
+            self.get_logger().warning(
+                f"no image for {(stamp_ns - last) / 1e9:.1f} s: a new segment starts at the last pose"
+            )
+            with self._lock:
+                self.pipeline.restart()
+                self._last_pose = None
+        return True
+
+    def _frame(self, message: Any, info: CameraInfo | None, stamp_ns: int) -> Frame:
+        image, K = image_to_array(message), None
+        try:
+            if info is not None and info is not self._camera[0]:
+                self._camera = info, None
+                self._camera = info, camera_from_info(info)
+            if info is not None and self._camera[1] is not None:
+                image, K = self._camera[1].rectify(image)
+        except ValueError as error:
+            self._tell(f"{error}; until then intrinsics count as unknown")
+        return Frame(image, stamp_ns, K)
+
+    def _find_extrinsics(self, frame_id: str) -> bool:
+        if self._world is not None:
+            return True
+        self._first_image = self._first_image or time.monotonic()
+        T = self.extrinsics.lookup(frame_id)
+        base = self.config.frames.base
+        if T is None:
+            if time.monotonic() - self._first_image < self.config.frames.wait:
+                return False
+            T = T_link_optical
+            self.get_logger().warning(
+                f"TF does not connect {base!r} to {frame_id!r}: a level, forward-looking camera at the base's origin is "
+                "assumed; publish the transform or set frames.base_to_camera"
+            )
+        self.extrinsics.finish()
+        self._world = WorldFrame(T)
+        if self.config.tf.publish and self.config.tf.publish_base_to_camera and base and base != frame_id:
+            self.broadcaster.send_static(
+                convert.transform_message(T, self.get_clock().now().nanoseconds, base, frame_id)
+            )
+        return True
+
+    def _reset(self, why: str) -> None:
+        self.get_logger().info(f"reset: {why}")
+        self._computer.mailbox.clear()
+        self._publisher.mailbox.clear()
+        with self._lock:
+            self.pipeline.reset()
+            self._path.clear()
+            self._last_pose = self._last_stamp = None
+            self._map_version = -1
+        self.statistics.count("resets")
+
+    def _report(self, error: Exception) -> None:
+        self.statistics.count("bad")
+        self._tell(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+
+    def _tell(self, text: str) -> None:
+        """Say each kind of trouble once; numbers do not make a new kind."""
+        kind = "".join(c for c in text if not c.isdigit())
+        if kind not in self._told and len(self._told) < 1000:
+            self._told.add(kind)
+            self.get_logger().warning(" ".join(text.split()))
+
+    # ------------------------------------------------------------------------------------------------ publish thread
+
+    def _publish(self, answer: Answer) -> None:
+        config, estimate, stamp = self.config, answer.estimate, answer.estimate.stamp_ns
+        base = config.frames.base or answer.frame_id
+        if config.tf.publish and config.tf.publish_odom_to_base:
+            self.broadcaster.send(convert.transform_message(answer.T_odom_base, stamp, config.frames.odom, base))
+        if self.pose_pub.get_subscription_count():
+            self.pose_pub.publish(
+                convert.pose_message(answer.T_odom_base, estimate.pose_sigma, stamp, config.frames.map)
+            )
+        if self.odometry_pub.get_subscription_count():
+            self.odometry_pub.publish(
+                convert.odometry_message(
+                    answer.T_odom_base, estimate.pose_sigma, answer.twist, stamp, config.frames.odom, base
+                )
+            )
+        height, width = estimate.depth.shape
+        if self.depth_info_pub.get_subscription_count():
+            self.depth_info_pub.publish(convert.info_from_K(estimate.K, width, height, stamp, answer.frame_id))
+        if self.depth_pub.get_subscription_count():
+            self.depth_pub.publish(convert.array_to_image(valid_depth(estimate, config), stamp, answer.frame_id))
+        if self.confidence_pub.get_subscription_count():
+            self.confidence_pub.publish(convert.array_to_image(estimate.confidence, stamp, answer.frame_id))
+        if self.points_pub.get_subscription_count():
+            points, colors, _ = cloud(estimate, config, config.points.max)
+            self.points_pub.publish(convert.points_message(points, colors, stamp, answer.frame_id))
+
+    # ---------------------------------------------------------------------------------------------- executor: timers
+
+    def _send_map_to_odom(self) -> None:
+        tf = self.config.tf
+        if tf.publish and tf.publish_map_to_odom and self._last_pose is not None:
+            stamp = self.get_clock().now().nanoseconds + int(tf.lead * 1e9)
+            self.broadcaster.send(
+                convert.transform_message(np.eye(4), stamp, self.config.frames.map, self.config.frames.odom)
+            )
+
+    def _send_path(self) -> None:
+        if not self.path_pub.get_subscription_count():
+            return
+        with self._lock:
+            stamps, poses = self._path.stamps_ns, self._path.poses
+        if len(stamps):
+            self.path_pub.publish(convert.path_message(stamps, poses, int(stamps[-1]), self.config.frames.map))
+
+    def _send_map(self) -> None:
+        if not self.map_pub.get_subscription_count() or self._world is None:
+            return
+        with self._lock:
+            points, colors = self.pipeline.point_map.points, self.pipeline.point_map.colors
+            stamp = self._last_pose[0] if self._last_pose else self.get_clock().now().nanoseconds
+        if len(points) and len(points) != self._map_version:
+            self._map_version = len(points)
+            self.map_pub.publish(
+                convert.points_message(self._world.points(points), colors, stamp, self.config.frames.map)
+            )
+
+    def _send_diagnostics(self) -> None:
+        if not self.diagnostics_pub.get_subscription_count():
+            return
+        factor = self.config.scale.factor
+        facts = {
+            "scale": "unknown (monocular)" if factor == 1 else f"fixed factor {factor:g}",
+            "map_points": len(self.pipeline.point_map),
+            "intrinsics": "known" if self._camera[1] is not None else "unknown",
+            "weights": self.config.engine.weights,
+            "device": str(self.pipeline.engine.device),
+        }
+        stamp = ns_to_stamp(self.get_clock().now().nanoseconds)
+        dropped = self._computer.mailbox.dropped
+        self.diagnostics_pub.publish(diagnostics_message(stamp, self.get_name(), self.statistics, dropped, facts))
+
+    def stop(self) -> None:
+        """End the threads; call before destroy_node."""
+        self._computer.stop()
+        self._publisher.stop()
+
+
+def main(args: list[str] | None = None, engine: Engine | None = None) -> int:
+    """Run the node until it is interrupted. Returns the exit code: 0, or 1 after one line when it cannot start."""
+    rclpy.init(args=args)
+    node = None
+    try:
+        node = ReconNode(engine)
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    except ValueError as error:
+        print(f"recon_node: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # ros2 launch sends a second one while the node shuts down
+        if node is not None:
+            node.stop()
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
