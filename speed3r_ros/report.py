@@ -7,10 +7,12 @@ builds it, with `trajectory.tum` and `map.ply`, from the node's recorded outputs
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import io
 import re
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,9 +20,11 @@ import cv2
 import numpy as np
 
 from speed3r_ros.mapping.files import written_whole
+from speed3r_ros.mapping.point_map import write_ply
 from speed3r_ros.mapping.trajectory import absolute_trajectory_error
-from speed3r_ros.results import TOLERANCE_NS, Results, accuracy, dropped, rate, versions
+from speed3r_ros.results import TOLERANCE_NS, Results, accuracy, dropped, rate, summary, versions
 
+HELP = "report on a live run from the node's recorded outputs"
 INK = "#010203"  # in plots: replaced by the page's text colour, so that they suit light and dark
 ESTIMATE, TRUTH, MARK = "#3b7dd8", "#e0823d", "#d0453e"
 
@@ -56,6 +60,34 @@ th { font-weight: 500; color: var(--soft); }
 td.number, th.number { text-align: right; }
 details { margin-top: .6rem; } summary { cursor: pointer; color: var(--soft); }
 """
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the sub-command."""
+    parser.add_argument("--recorded", type=Path, required=True, metavar="BAG", help="the node's outputs")
+    parser.add_argument("--source", required=True, metavar="INPUT", help="what was played to the node")
+    parser.add_argument("--topic", default="", help="image topic of the input, where it has several")
+    parser.add_argument("--sent", type=Path, metavar="CSV", help="times of sending, from play.py --log")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write report.html, trajectory.tum and map.ply; 0, or 1 after one line that says what is wrong."""
+    from speed3r_ros.recording import results_of_recording
+    from speed3r_ros.sources import open_source
+
+    try:
+        source = open_source(options.source, options.topic)
+        results = results_of_recording(options.recorded, source, options.sent)
+        options.out.mkdir(parents=True, exist_ok=True)
+        results.trajectory.write_tum(options.out / "trajectory.tum")
+        write_ply(options.out / "map.ply", results.points, results.colors)
+        write_report(results, options.out / "report.html")
+    except (OSError, ValueError) as error:
+        print(f"speed3r report: {error}", file=sys.stderr)
+        return 1
+    print(summary(results))
+    return 0
 
 
 def write_report(results: Results, path: str | Path) -> None:
@@ -408,3 +440,9 @@ def timing_plot(results: Results) -> str:
     right.legend(frameon=False, labelcolor=INK, fontsize=9)
     label(right, "latency, ms", "frames", "Latency")
     return inline_svg(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m speed3r_ros.report", description=HELP)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))
