@@ -30,11 +30,11 @@ def _ros_class(name: str) -> type:
     return getattr(import_module(f"{package}.msg"), kind)
 
 
-class ros_types:  # noqa: N801 (used like a module)
+class ros_types:
     """Message classes of rclpy."""
 
     @staticmethod
-    def make(name: str, **fields: Any) -> Any:
+    def make(name: str, /, **fields: Any) -> Any:
         """A message of type `name`, e.g. `sensor_msgs/msg/Image`."""
         return _ros_class(name)(**fields)
 
@@ -58,11 +58,11 @@ def _bag_class(name: str) -> type:
     return get_typestore(Stores.ROS2_JAZZY).types[name]
 
 
-class bag_types:  # noqa: N801
+class bag_types:
     """Message classes of rosbags, for machines without ROS."""
 
     @staticmethod
-    def make(name: str, **fields: Any) -> Any:
+    def make(name: str, /, **fields: Any) -> Any:
         """A message of type `name`; every field must be given."""
         return _bag_class(name)(**fields)
 

@@ -12,7 +12,8 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 
 from speed3r_ros.convert import matrix_from_transform
-from speed3r_ros.mapping.geometry import T_link_optical, inverse, transform
+from speed3r_ros.mapping.geometry import inverse
+from speed3r_ros.outputs import parse_pose
 
 try:
     from tf2_msgs.msg import TFMessage
@@ -20,17 +21,6 @@ except ImportError:
     TFMessage = None
 
 STATIC = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-
-
-def parse_pose(text: str) -> np.ndarray:
-    """`x y z qx qy qz qw` -> (4, 4). Raises ValueError naming the value."""
-    try:
-        values = np.array([float(item) for item in text.replace(",", " ").split()])
-    except ValueError:
-        values = np.zeros(0)
-    if len(values) != 7 or not np.isfinite(values).all() or np.linalg.norm(values[3:]) < 1e-6:
-        raise ValueError(f"frames.base_to_camera = {text!r}: expected `x y z qx qy qz qw` with a non-zero quaternion")
-    return transform(values[:3], values[3:])
 
 
 class Broadcaster:
@@ -111,24 +101,3 @@ class Extrinsics:
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
         self._subscriptions = []
-
-
-class WorldFrame:
-    """From the engine's world (the first camera's optical axes) to z-up frames (REP-103, REP-105).
-
-    T_odom_base(t) = T_base_camera T_world_camera(t) T_base_camera^-1: the identity at first, and a camera that moves
-    along its optical axis moves the base forward. When the base is the camera itself, the map is levelled by the
-    optical convention.
-    """
-
-    def __init__(self, T_base_cam: np.ndarray) -> None:
-        self.T_base_cam = T_base_cam
-        self.T_map_world = T_link_optical if np.allclose(T_base_cam, np.eye(4)) else T_base_cam
-
-    def base(self, T_world_cam: np.ndarray) -> np.ndarray:
-        """Pose of the base in odom (4, 4)."""
-        return self.T_map_world @ T_world_cam @ inverse(self.T_base_cam)
-
-    def points(self, points: np.ndarray) -> np.ndarray:
-        """World points (N, 3) in the map."""
-        return points @ self.T_map_world[:3, :3].T + self.T_map_world[:3, 3]

@@ -31,11 +31,12 @@ from speed3r_ros import convert
 from speed3r_ros.config import Config, settings, with_values
 from speed3r_ros.convert import camera_from_info, image_to_array, ns_to_stamp, stamp_to_ns
 from speed3r_ros.diagnostics import Statistics, diagnostics_message
-from speed3r_ros.frames import Broadcaster, Extrinsics, WorldFrame
+from speed3r_ros.frames import Broadcaster, Extrinsics
 from speed3r_ros.mapping.geometry import T_link_optical, inverse
 from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame, Tracking
+from speed3r_ros.outputs import WorldFrame
 from speed3r_ros.pipeline import Pipeline, cloud, valid_depth
 from speed3r_ros.qos import FollowingSubscription
 from speed3r_ros.worker import Worker

@@ -1,0 +1,86 @@
+"""The bag command's messages: what the node would have published, as an mcap bag, without ROS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
+from rosbags.typesys import Stores, get_typestore
+
+from speed3r_ros import convert
+from speed3r_ros.config import Config
+from speed3r_ros.convert import bag_types
+from speed3r_ros.mapping.geometry import T_link_optical
+from speed3r_ros.mapping.trajectory import Trajectory
+from speed3r_ros.model.types import Estimate
+from speed3r_ros.outputs import WorldFrame, parse_pose
+from speed3r_ros.pipeline import cloud, valid_depth
+
+CAMERA_FRAME = "camera_optical_frame"  # recorded inputs carry no frame_id
+
+
+class OutputBag:
+    """Context manager that writes estimates to a new bag folder `path`; `path` must not exist."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self._config = config
+        self._types = get_typestore(Stores.ROS2_JAZZY)
+        self._writer = Writer(path, version=9, storage_plugin=StoragePlugin.MCAP)
+        self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+        self._connections: dict[str, Any] = {}
+        given = config.frames.base_to_camera
+        self._world = WorldFrame(parse_pose(given) if given else T_link_optical)
+        self._camera = config.frames.camera or CAMERA_FRAME
+        self._path = Trajectory(config.path.max_length)
+        self._static_sent = False
+
+    def __enter__(self) -> OutputBag:
+        self._writer.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if len(self._path):
+            stamps = self._path.stamps_ns
+            message = convert.path_message(
+                stamps, self._path.poses, int(stamps[-1]), self._config.frames.map, types=bag_types
+            )
+            self._send("/path", "nav_msgs/msg/Path", message, int(stamps[-1]))
+        self._writer.close()
+
+    def _send(self, topic: str, kind: str, message: Any, stamp_ns: int) -> None:
+        if topic not in self._connections:
+            self._connections[topic] = self._writer.add_connection(topic, kind, typestore=self._types)
+        self._writer.write(self._connections[topic], stamp_ns, self._types.serialize_cdr(message, kind))
+
+    def _transforms(self, topic: str, stamp_ns: int, *edges: tuple[np.ndarray, str, str]) -> None:
+        items = [convert.transform_message(T, stamp_ns, parent, child, types=bag_types) for T, parent, child in edges]
+        self._send(
+            topic, "tf2_msgs/msg/TFMessage", bag_types.make("tf2_msgs/msg/TFMessage", transforms=items), stamp_ns
+        )
+
+    def write(self, estimate: Estimate) -> None:
+        """Append the messages of one tracked frame."""
+        config, stamp, sigma = self._config, estimate.stamp_ns, estimate.pose_sigma
+        frames, base = config.frames, config.frames.base or self._camera
+        T = self._world.base(estimate.T_world_cam)
+        self._path.append(stamp, T)
+        if not self._static_sent and base != self._camera:
+            self._transforms("/tf_static", stamp, (self._world.T_base_cam, base, self._camera))
+            self._static_sent = True
+        self._transforms("/tf", stamp, (np.eye(4), frames.map, frames.odom), (T, frames.odom, base))
+        pose = convert.pose_message(T, sigma, stamp, frames.map, types=bag_types)
+        self._send("/pose", "geometry_msgs/msg/PoseWithCovarianceStamped", pose, stamp)
+        odometry = convert.odometry_message(T, sigma, np.zeros(6), stamp, frames.odom, base, types=bag_types)
+        self._send("/odometry", "nav_msgs/msg/Odometry", odometry, stamp)
+        height, width = estimate.depth.shape
+        info = convert.info_from_K(estimate.K, width, height, stamp, self._camera, types=bag_types)
+        self._send("/depth/camera_info", "sensor_msgs/msg/CameraInfo", info, stamp)
+        depth = convert.array_to_image(valid_depth(estimate, config), stamp, self._camera, types=bag_types)
+        self._send("/depth/image", "sensor_msgs/msg/Image", depth, stamp)
+        confidence = convert.array_to_image(estimate.confidence, stamp, self._camera, types=bag_types)
+        self._send("/confidence", "sensor_msgs/msg/Image", confidence, stamp)
+        points, colors, _ = cloud(estimate, config, config.points.max)
+        message = convert.points_message(points, colors, stamp, self._camera, types=bag_types)
+        self._send("/points", "sensor_msgs/msg/PointCloud2", message, stamp)
