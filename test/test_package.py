@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def environment(folder):
     """Python of a new virtual environment that sees this one's packages, but not what is installed as editable here."""
     run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    paths = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
+    paths = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (folder / "lib" / version / "site-packages" / "parent.pth").write_text("\n".join(paths))
     return str(folder / "bin" / "python")
 
