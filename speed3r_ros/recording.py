@@ -16,6 +16,7 @@ from rosbags.typesys import Stores, get_typestore
 from speed3r_ros.convert import matrix_from_transform, stamp_to_ns
 from speed3r_ros.mapping.geometry import T_link_optical, inverse, transform
 from speed3r_ros.mapping.trajectory import NANO, Trajectory
+from speed3r_ros.outputs import WorldFrame
 from speed3r_ros.results import Results, Strip, evenly
 from speed3r_ros.sources import Source
 
@@ -50,10 +51,10 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
         optical = next((m.header.frame_id for m in depths.values()), "")
         T_base_cam = static_transform(messages("tf_static"), base, optical)
         clouds = list(messages("map_points"))
-        settings = last_diagnostics(messages("diagnostics"))
+        status = last_diagnostics(messages("diagnostics"))
 
-    # as in the node: the map is the world turned upright, by the extrinsic or, for a bare camera, by REP-103
-    to_world = inverse(T_link_optical if np.allclose(T_base_cam, np.eye(4)) else T_base_cam)
+    world = WorldFrame(T_base_cam)
+    to_world = inverse(world.T_map_world)
     trajectory = Trajectory()
     for message in poses:
         T_map_base = matrix_of(message.pose.pose)
@@ -72,7 +73,8 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
         latencies(started, received),
         np.array([monotonic for _, monotonic in received]) / NANO,
         live=True,
-        settings=settings,
+        lost=lost_frames(status),
+        settings=status,
     )
 
 
@@ -105,6 +107,20 @@ def last_diagnostics(messages: Iterable[Any]) -> dict[str, str]:
         for status in message.status:
             values |= {f"{status.name}: {item.key}": item.value for item in status.values}
     return values
+
+
+def lost_frames(status: dict[str, str]) -> dict[str, int]:
+    """Frames that the node refused, from its last diagnostics."""
+    kinds = {
+        "lost_frames": "tracking lost (dark, saturated or empty frames)",
+        "bad_frames": "unusable message (see the node's log)",
+    }
+    return {
+        text: int(value)
+        for name, value in status.items()
+        for key, text in kinds.items()
+        if name.endswith(f": {key}") and int(value)
+    }
 
 
 def points_of(cloud: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,203 @@
+"""The bag command: the node's work on recorded images, without ROS.
+
+Writes `trajectory.tum`, `map.ply`, `report.html` and, as an mcap bag, the messages that the node would have published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from speed3r_ros.camera import Camera
+from speed3r_ros.config import Config, load_yaml, parse_value, settings, with_values
+from speed3r_ros.mapping.files import folder_written_whole
+from speed3r_ros.mapping.trajectory import Trajectory
+from speed3r_ros.model.types import Estimate, Frame, Tracking
+from speed3r_ros.report import write_report
+from speed3r_ros.results import Results, Strip, evenly, summary
+from speed3r_ros.sources import Source, open_source
+
+if TYPE_CHECKING:  # importing torch takes seconds: not for --help, nor for a wrong setting
+    from speed3r_ros.pipeline import Pipeline
+
+HELP = "reconstruct a bag, a video or a folder of images"
+OUTPUTS = {"trajectory.tum", "map.ply", "report.html", "bag"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the sub-command."""
+    parser.add_argument("input", help="ROS 2 bag (sqlite3 or mcap), video file, or folder of images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--overwrite", action="store_true", help="write into a DIR that holds other files; they stay")
+    parser.add_argument("--topic", default="", help="image topic, where a bag has several")
+    parser.add_argument("--stride", type=positive, default=1, metavar="N", help="use every Nth frame")
+    parser.add_argument("--max-frames", type=positive, metavar="N", help="stop after N frames")
+    parser.add_argument("--no-bag", dest="bag", action="store_false", help="do not write the messages to DIR/bag")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings, as for the node")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, e.g. engine.window=8; repeatable"
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that must be a positive integer."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a positive integer")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0; 1 or, for wrong usage, 2 after one line that says what is wrong; 130 when interrupted, with nothing written."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        config = read_settings(options.config, options.set)
+        check_destination(options.out, options.overwrite)
+    except (OSError, ValueError) as error:
+        print(f"speed3r reconstruct: {error}", file=sys.stderr)
+        return 2
+    from speed3r_ros.pipeline import Pipeline
+
+    try:
+        source = open_source(options.input, options.topic)
+        with folder_written_whole(options.out, OUTPUTS) as folder:
+            pipeline = Pipeline(config)
+            results = reconstruct(source, pipeline, folder, options.stride, options.max_frames, options.bag)
+    except (OSError, ValueError) as error:
+        print(f"speed3r reconstruct: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"speed3r reconstruct: interrupted, {options.out} is as it was", file=sys.stderr)
+        return 130
+    print(summary(results))
+    print(f"results    {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
+    return 0
+
+
+def check_destination(out: Path, overwrite: bool) -> None:
+    """Raise ValueError when `out` holds something that this command did not write."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; name a folder")
+    foreign = {path.name for path in out.iterdir()} - OUTPUTS if out.exists() else set()
+    if foreign and not overwrite:
+        raise ValueError(f"--out {out}: holds other files ({sorted(foreign)[0]}); name a new folder or add --overwrite")
+
+
+def read_settings(file: Path | None, assignments: list[str]) -> Config:
+    """Defaults, then a parameter file as for the node, then NAME=VALUE. Raises ValueError, OSError."""
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment}: expected NAME=VALUE, e.g. engine.window=8")
+        values[name] = parse_value(name, text)
+    return with_values(load_yaml(file) if file else Config(), values)
+
+
+class Run:
+    """Feeds frames to the pipeline under the node's rules for stamps and intrinsics, and collects what comes out."""
+
+    def __init__(self, pipeline: Pipeline, source: Source, count: int) -> None:
+        values = {name: value for name, _, value in settings(pipeline.config)}
+        self.results = Results(source.name, count, Trajectory(), source.truth, settings=values)
+        self._pipeline = pipeline
+        self._lost: Counter[str] = Counter()
+        self._latencies: list[float] = []
+        self._times: list[float] = []
+        self._shown = evenly(count)
+        self._last_stamp: int | None = None
+        self._number = -1
+        self._told: set[str] = set()
+
+    def add(self, stamp_ns: int, image: np.ndarray, camera: Camera | None) -> Estimate | None:
+        """The estimate of the next frame, or None when it gets no pose."""
+        started = time.monotonic()
+        self._number += 1
+        last, self._last_stamp = self._last_stamp, stamp_ns
+        if last is not None and not self._continues(last, stamp_ns):
+            return None
+        K = None
+        if camera is not None:
+            try:
+                image, K = camera.rectify(image)
+            except ValueError as error:
+                self._tell(f"{error}; intrinsics count as unknown")
+        try:
+            estimate = self._pipeline.process(Frame(image, stamp_ns, K))
+        except ValueError as error:
+            self._lost[str(error)] += 1
+            return None
+        if estimate.tracking is Tracking.LOST:
+            self._lost[re.sub(r" \(.*?\)", "", estimate.lost_reason)] += 1  # without the numbers of the single frame
+            return None
+        self.results.trajectory.append(stamp_ns, estimate.T_world_cam)
+        self._times.append(time.monotonic())
+        self._latencies.append(self._times[-1] - started)
+        if self._shown and self._number >= self._shown[0]:
+            self._shown.pop(0)
+            from speed3r_ros.pipeline import valid_depth
+
+            depth = valid_depth(estimate, self._pipeline.config)
+            aspect = image.shape[1] / image.shape[0]
+            self.results.strips.append(Strip(stamp_ns, estimate.image, depth, estimate.confidence, aspect))
+        return estimate
+
+    def _continues(self, last: int, stamp_ns: int) -> bool:
+        """Whether a frame with this stamp is to be used; a jump in time starts the pipeline anew, as in the node."""
+        rules = self._pipeline.config.input
+        if stamp_ns == last:
+            self._lost["the stamp repeats"] += 1
+            return False
+        if stamp_ns < last and rules.reset_on_time_jump:
+            self._tell(f"stamps jump back by {(last - stamp_ns) / 1e9:.3f} s: reconstruction starts anew")
+            self._pipeline.reset()
+            self.results.trajectory.clear()
+        elif stamp_ns - last > rules.max_gap * 1e9:
+            self._tell(f"no image for {(stamp_ns - last) / 1e9:.1f} s: a new segment starts at the last pose")
+            self._pipeline.restart()
+        return True
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    def finish(self) -> Results:
+        """All results, once the frames are through."""
+        results = self.results
+        results.points, results.colors, _ = self._pipeline.point_map.snapshot()
+        results.lost = dict(self._lost)
+        results.latency_s, results.wall_s = np.array(self._latencies), np.array(self._times)
+        return results
+
+
+def reconstruct(
+    source: Source, pipeline: Pipeline, folder: Path, stride: int = 1, limit: int | None = None, bag: bool = True
+) -> Results:
+    """Process the frames of a source and write all results into `folder`. Raises OSError when that fails."""
+    from speed3r_ros.writer import OutputBag
+
+    count = len(range(0, len(source), stride)[:limit])
+    run = Run(pipeline, source, count)
+    with ExitStack() as stack:
+        writer = stack.enter_context(OutputBag(folder / "bag", pipeline.config)) if bag else None
+        frames = islice(source, 0, count * stride, stride)
+        for stamp_ns, image, camera in tqdm(frames, desc="reconstructing", total=count, unit="frame"):
+            estimate = run.add(stamp_ns, image, camera)
+            if writer and estimate:
+                writer.write(estimate)
+    results = run.finish()
+    results.trajectory.write_tum(folder / "trajectory.tum")
+    pipeline.point_map.write_ply(folder / "map.ply")
+    write_report(results, folder / "report.html")
+    return results
