@@ -82,7 +82,9 @@ failed() {
 rm -rf "$out/recorded" "$out/sent.csv"
 start "$out/record.log" python -m speed3r_ros.record "$out/recorded" --until-idle 5
 record=$pid
-start "$out/node.log" python -m speed3r_ros.recon_node --ros-args "${node_arguments[@]}"
+# No TF tree comes with a recording: the camera looks forward from the body's origin (REP-103 optical axes).
+start "$out/node.log" python -m speed3r_ros.recon_node --ros-args -p "frames.base_to_camera:=0 0 0 -0.5 0.5 -0.5 0.5" \
+  -p tf.publish_base_to_camera:=true "${node_arguments[@]}"
 node=$pid
 say "node $node and recorder $record run in ROS domain $ROS_DOMAIN_ID"
 

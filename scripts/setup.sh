@@ -95,7 +95,7 @@ _speed3r_install() (
     step 4 "tf2_msgs is there"
   else
     step 4 "tf2_msgs, for TF on the wire"
-    bash scripts/build_tf2_msgs.sh >&2 || say "no tf2_msgs: the node runs without publishing TF (sudo apt install g++ cmake ninja-build, then again)"
+    bash scripts/build_tf2_msgs.sh >&2 || say "no tf2_msgs: the node publishes no TF (sudo apt install g++, rm -r .venv, and again)"
   fi
   printf '%s\n' "$extras" "$state" > "$stamp"
   say "done"
