@@ -174,11 +174,22 @@ def rotation(vector: Tensor) -> Tensor:
 
 
 def sample_scene(
-    r: Rng, B: int, N: int, H: int, W: int, n_tex: int, motion: int | None = None, basic: bool = False
+    r: Rng,
+    B: int,
+    N: int,
+    H: int,
+    W: int,
+    n_tex: int,
+    motion: int | None = None,
+    basic: bool = False,
+    cameras: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """A furnished room and a camera path for each of B sequences: the tables of `kernels.raycast`, and R, t, K, motion."""
+    """A furnished room and a camera path for each of B sequences: the tables of `kernels.raycast`, and R, t, K, motion.
+
+    cameras: R, t, K and motion as from `sample_cameras`, to furnish a room around a given path.
+    """
     dev = r.d
-    R, t, K, mt = sample_cameras(r, B, N, H, W, motion, basic)
+    R, t, K, mt = cameras or sample_cameras(r, B, N, H, W, motion, basic)
     tmin, tmax = t.amin(1), t.amax(1)
     big = 1 + r.b(0.3, B, 1).float() * r.lu(B, 1, lo=0.5, hi=5.0)
     asym = r.lu(B, 6, lo=0.7, hi=5.0)
