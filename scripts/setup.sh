@@ -3,8 +3,8 @@
 #   PYTHON=python3.12 scripts/setup.sh     # another interpreter than python3
 # With a sourced ROS 2, its rclpy, messages and OpenCV are used; without one, wheels of them are installed.
 
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-  sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+if [[ ${BASH_SOURCE[0]} == "$0" && ${1:-} =~ ^(-h|--help)$ ]]; then
+  sed -n '2,4s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 

@@ -202,6 +202,7 @@ def test_demo_on_a_clip(demo, tmp_path):
     command, env, left = demo
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "cleanly" not in done.stderr, (tmp_path / "out" / "node.log").read_text()[-3000:]
     out = tmp_path / "out"
     poses = [line.split() for line in (out / "trajectory.tum").read_text().splitlines() if line[:1] != "#"]
     assert 0 < len(poses) <= 24 and {len(pose) for pose in poses} == {8}
