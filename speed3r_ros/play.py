@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import rclpy
+from geometry_msgs.msg import PoseWithCovarianceStamped
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -25,7 +26,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from tqdm import tqdm
 
 from speed3r_ros.camera import Camera
-from speed3r_ros.convert import array_to_image, info_from_camera, ns_to_stamp
+from speed3r_ros.convert import array_to_image, info_from_camera, ns_to_stamp, stamp_to_ns
 from speed3r_ros.mapping.files import written_whole
 from speed3r_ros.sources import Source, open_source
 
@@ -34,16 +35,31 @@ SETTLE = 0.5  # seconds after the node subscribed to the images, for its other s
 
 
 class Player(Node):
-    """Publishes images with their CameraInfo, RELIABLE, and on request the time of the recording."""
+    """Publishes images with their CameraInfo, RELIABLE, and on request the time of the recording.
 
-    def __init__(self, namespace: str, frame_id: str, compressed: bool, clock: bool) -> None:
+    With lockstep > 0, each image waits for the pose of the one before, at most so many seconds: no frame is dropped.
+    """
+
+    def __init__(self, namespace: str, frame_id: str, compressed: bool, clock: bool, lockstep: float) -> None:
         super().__init__("speed3r_player", namespace=namespace)
-        self.frame_id, self.compressed = frame_id, compressed
+        self.frame_id, self.compressed, self.lockstep = frame_id, compressed, lockstep
         qos = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
         kind, topic = (CompressedImage, "image/compressed") if compressed else (Image, "image")
         self.images = self.create_publisher(kind, topic, qos)
         self.infos = self.create_publisher(CameraInfo, "camera_info", qos)
         self.clock = self.create_publisher(Clock, "/clock", 10) if clock else None
+        self._answered: int | None = None
+        if lockstep:
+            self.create_subscription(PoseWithCovarianceStamped, "pose", self._on_pose, qos)
+
+    def _on_pose(self, message: PoseWithCovarianceStamped) -> None:
+        self._answered = stamp_to_ns(message.header.stamp)
+
+    def wait_for_pose(self, stamp_ns: int) -> None:
+        """Return when the node has answered the image of this stamp, or after `lockstep` seconds."""
+        limit = time.monotonic() + self.lockstep
+        while self._answered != stamp_ns and time.monotonic() < limit:
+            rclpy.spin_once(self, timeout_sec=0.05)
 
     def wait_for_subscriber(self, seconds: float) -> None:
         """Return when someone receives the images. Raises TimeoutError."""
@@ -89,6 +105,8 @@ def play(player: Player, source: Source, rate: float, sent: list[tuple[int, int]
         player.sleep_until(start + (stamp - first_stamp) / 1e9 / rate, stamp, rate)
         sent.append((stamp, time.monotonic_ns()))
         player.send(stamp, image, camera)
+        if player.lockstep:
+            player.wait_for_pose(stamp)
 
 
 def write_log(path: Path, sent: list[tuple[int, int]]) -> None:
@@ -114,6 +132,13 @@ def main() -> int:
     parser.add_argument("--loop", action="store_true", help="start again at the end; the stamps jump back")
     parser.add_argument("--clock", action="store_true", help="publish /clock, for nodes with use_sim_time")
     parser.add_argument("--compressed", action="store_true", help="publish image/compressed (JPEG) instead of image")
+    parser.add_argument(
+        "--lockstep",
+        type=positive,
+        default=0.0,
+        metavar="SECONDS",
+        help="send an image only when the pose of the one before has come, or after so long; the node drops none",
+    )
     parser.add_argument("--namespace", default="", help="of the topics image and camera_info")
     parser.add_argument("--frame-id", default="camera_optical_frame", help="of the messages' headers")
     parser.add_argument("--wait", type=positive, default=60.0, metavar="SECONDS", help="for a subscriber")
@@ -123,7 +148,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sent: list[tuple[int, int]] = []
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    player = Player(options.namespace, options.frame_id, options.compressed, options.clock)
+    player = Player(options.namespace, options.frame_id, options.compressed, options.clock, options.lockstep)
     try:
         source = open_source(options.input, options.topic)
         player.wait_for_subscriber(options.wait)

@@ -211,7 +211,7 @@ def timing_section(results: Results) -> str:
         return ""
     p50, p95 = np.percentile(results.latency_s, (50, 95)) * 1e3
     what = "from sending the image to receiving its pose" if results.live else "of one frame, from image to pose"
-    drops = f" {dropped(results)} of {results.frames} frames dropped: the newest wins." if results.live else ""
+    drops = f" {dropped(results)} of {results.frames} frames got no pose: the newest wins." if results.live else ""
     note = (
         f"Latency {what}: median {p50:.0f} ms, "
         f"95th percentile {number('latency_p95_ms', float(p95), f'{p95:.0f}')} ms.{drops}"
@@ -241,7 +241,8 @@ def table_section(results: Results) -> str:
     if results.lost:
         parts.append("<h3>Frames without a pose</h3>" + table(escaped(results.lost)))
     settings = table(escaped(results.settings))
-    parts.append(f"<details><summary>Settings</summary>{settings}</details>" if results.settings else "")
+    title = "The node's last diagnostics" if results.live else "Settings"
+    parts.append(f"<details><summary>{title}</summary>{settings}</details>" if results.settings else "")
     parts.append(f"<details><summary>Versions</summary>{table(escaped(versions()))}</details>")
     return section("Numbers", "".join(parts))
 
