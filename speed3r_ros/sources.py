@@ -174,7 +174,7 @@ class BagSource(Source):
 
     def _open(self) -> Any:
         from rosbags.highlevel import AnyReader, AnyReaderError
-        from rosbags.interfaces import ReaderError
+        from rosbags.rosbag2 import ReaderError
         from rosbags.typesys import Stores, get_typestore
 
         path = self.path if self.path.is_dir() or self.path.suffix in {".mcap", ".db3", ".bag"} else self.path.parent
