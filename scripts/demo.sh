@@ -53,7 +53,8 @@ fi
 
 processes=()
 cleanup() {
-  trap - EXIT INT TERM
+  trap - EXIT
+  trap '' INT TERM
   for pid in "${processes[@]}"; do kill -TERM "$pid" 2> /dev/null || true; done
   for _ in {1..50}; do
     kill -0 "${processes[@]}" 2> /dev/null || break
