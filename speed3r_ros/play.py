@@ -48,6 +48,7 @@ class Player(Node):
         self.images = self.create_publisher(kind, topic, qos)
         self.infos = self.create_publisher(CameraInfo, "camera_info", qos)
         self.clock = self.create_publisher(Clock, "/clock", 10) if clock else None
+        self._calibrated = False
         self._answered: int | None = None
         if lockstep:
             self.create_subscription(PoseWithCovarianceStamped, "pose", self._on_pose, qos)
@@ -83,28 +84,39 @@ class Player(Node):
                 return
             time.sleep(min(left, CLOCK_PERIOD) if self.clock else left)
 
-    def send(self, stamp_ns: int, image: np.ndarray, camera: Camera | None) -> None:
-        """Publish one image (H, W, 3) RGB, after its CameraInfo where there is one."""
+    def send(self, stamp_ns: int, image: np.ndarray, camera: Camera | None) -> int:
+        """Publish one image (H, W, 3) RGB, after its CameraInfo where there is one; the monotonic time in ns."""
+        message = self._message(stamp_ns, image)
         if camera is not None:
             self.infos.publish(info_from_camera(camera, stamp_ns, self.frame_id))
+            if not self._calibrated:  # across topics order is not kept, and no image should precede the first info
+                time.sleep(SETTLE)
+                self._calibrated = True
+        now = time.monotonic_ns()
+        self.images.publish(message)
+        return now
+
+    def _message(self, stamp_ns: int, image: np.ndarray) -> Image | CompressedImage:
         if not self.compressed:
-            self.images.publish(array_to_image(image, stamp_ns, self.frame_id))
-            return
+            return array_to_image(image, stamp_ns, self.frame_id)
         message = CompressedImage(format="rgb8; jpeg compressed bgr8")
         message.header.stamp, message.header.frame_id = ns_to_stamp(stamp_ns), self.frame_id
         message.data.frombytes(cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
-        self.images.publish(message)
+        return message
 
 
 def play(player: Player, source: Source, rate: float, sent: list[tuple[int, int]]) -> None:
     """Send all frames at their times; appends (stamp_ns, monotonic_ns) of each to `sent`."""
-    first_stamp = start = None
+    first: tuple[int, int] | None = None  # stamp and time of sending that the others are measured from
     for stamp, image, camera in tqdm(source, desc="playing", unit="frame"):
-        if first_stamp is None or stamp < first_stamp:
-            first_stamp, start = stamp, time.monotonic()
-        player.sleep_until(start + (stamp - first_stamp) / 1e9 / rate, stamp, rate)
-        sent.append((stamp, time.monotonic_ns()))
-        player.send(stamp, image, camera)
+        if first is not None and stamp < first[0]:
+            first = None
+        if first is not None:
+            player.sleep_until((first[1] + (stamp - first[0]) / rate) / 1e9, stamp, rate)
+        elif player.clock:
+            player.clock.publish(Clock(clock=ns_to_stamp(stamp)))
+        sent.append((stamp, player.send(stamp, image, camera)))
+        first = first or sent[-1]
         if player.lockstep:
             player.wait_for_pose(stamp)
 
