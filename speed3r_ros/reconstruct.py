@@ -66,9 +66,9 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 2
-    from speed3r_ros.pipeline import Pipeline
-
     try:
+        from speed3r_ros.pipeline import Pipeline
+
         source = open_source(options.input, options.topic)
         with folder_written_whole(options.out, OUTPUTS) as folder:
             pipeline = Pipeline(config)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from rosbags.highlevel import AnyReader
+from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.typesys import Stores, get_typestore
 
 from speed3r_ros.convert import matrix_from_transform, stamp_to_ns
@@ -26,31 +27,32 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
 
     Latency is the reception of a pose minus the sending of its image (`sent`, as play.py logs it). Poses are turned
     from base frame in map to camera in the world of the first optical frame with the recorded static transform.
-    Raises ValueError for a bag without the node's poses, and what the bag's reader raises for other files.
+    Raises ValueError for a bag that cannot be read or is without the node's poses, OSError for a missing log.
     """
-    with AnyReader([bag], default_typestore=get_typestore(Stores.LATEST)) as reader:
+    reader = AnyReader([bag], default_typestore=get_typestore(Stores.LATEST))
+    try:
+        reader.open()
+    except AnyReaderError as error:
+        raise ValueError(f"{bag}: not a readable bag ({error})") from error
 
-        def messages(ending: str) -> Iterable[Any]:
-            chosen = [connection for connection in reader.connections if connection.topic.endswith(f"/{ending}")]
-            for connection, _, data in reader.messages(connections=chosen) if chosen else ():
-                yield reader.deserialize(data, connection.msgtype)
+    def messages(ending: str) -> Iterator[Any]:
+        chosen = [connection for connection in reader.connections if connection.topic.endswith(f"/{ending}")]
+        for connection, _, data in reader.messages(connections=chosen) if chosen else ():
+            yield reader.deserialize(data, connection.msgtype)
 
+    with closing(reader):
         poses = list(messages("pose"))
         if not poses:
             topics = ", ".join(sorted(connection.topic for connection in reader.connections)) or "none"
             raise ValueError(f"{bag}: no pose of the node was recorded; topics: {topics}")
-        depth_stamps = [stamp_to_ns(message.header.stamp) for message in messages("depth/image")]
-        chosen = {depth_stamps[k] for k in evenly(len(depth_stamps))}
-        depths = {
-            stamp_to_ns(m.header.stamp): m for m in messages("depth/image") if stamp_to_ns(m.header.stamp) in chosen
-        }
-        confidences = {
-            stamp_to_ns(m.header.stamp): m for m in messages("confidence") if stamp_to_ns(m.header.stamp) in chosen
-        }
+        stamps = [stamp_of(message) for message in messages("depth/image")]
+        shown = {stamps[k] for k in evenly(len(stamps))}
+        depths = {stamp_of(m): m for m in messages("depth/image") if stamp_of(m) in shown}
+        confidences = {stamp_of(m): m for m in messages("confidence") if stamp_of(m) in shown}
         base = next((m.child_frame_id for m in messages("odometry")), "")
         optical = next((m.header.frame_id for m in depths.values()), "")
         T_base_cam = static_transform(messages("tf_static"), base, optical)
-        clouds = list(messages("map_points"))
+        last_map = deque(messages("map_points"), maxlen=1)
         status = last_diagnostics(messages("diagnostics"))
 
     world = WorldFrame(T_base_cam)
@@ -58,9 +60,10 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
     trajectory = Trajectory()
     for message in poses:
         T_map_base = matrix_of(message.pose.pose)
-        trajectory.append(stamp_to_ns(message.header.stamp), to_world @ T_map_base @ T_base_cam)
-    points, colors = points_of(clouds[-1]) if clouds else (np.zeros((0, 3)), np.zeros((0, 3), np.uint8))
-    received = read_times(bag / "received.csv", "/pose")
+        trajectory.append(stamp_of(message), to_world @ T_map_base @ T_base_cam)
+    points, colors = points_of(last_map[0]) if last_map else (np.zeros((0, 3)), np.zeros((0, 3), np.uint8))
+    log = bag / "received.csv"  # other recorders write none: then there are no latencies
+    received = read_times(log, "/pose") if log.exists() else []
     started = read_times(sent) if sent else []
     return Results(
         source.name,
@@ -76,6 +79,11 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
         lost=lost_frames(status),
         settings=status,
     )
+
+
+def stamp_of(message: Any) -> int:
+    """Stamp in nanoseconds of a message with a header."""
+    return stamp_to_ns(message.header.stamp)
 
 
 def matrix_of(pose: Any) -> np.ndarray:
@@ -162,15 +170,19 @@ def float_image(message: Any) -> np.ndarray:
 
 
 def read_times(path: Path, topic_ending: str = "") -> list[tuple[int, int]]:
-    """Pairs (stamp_ns, monotonic_ns) of a log, in its order; empty when there is no log."""
-    if not path.exists():
-        return []
+    """Pairs (stamp_ns, monotonic_ns) of a log, in its order. Raises OSError; ValueError for another file."""
     with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
         return [
             (int(row["stamp_ns"]), int(row["monotonic_ns"]))
-            for row in csv.DictReader(file)
+            for row in rows
             if row.get("topic", "").endswith(topic_ending)
         ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the columns stamp_ns and monotonic_ns, as the player writes them"
+        ) from error
 
 
 def latencies(sent: list[tuple[int, int]], received: list[tuple[int, int]]) -> np.ndarray:

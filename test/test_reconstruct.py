@@ -15,7 +15,7 @@ import torch
 from rosbags.highlevel import AnyReader
 
 from speed3r_ros.camera import Camera
-from speed3r_ros.config import Config
+from speed3r_ros.config import Config, load_yaml
 from speed3r_ros.convert import stamp_to_ns
 from speed3r_ros.mapping.trajectory import read_tum
 from speed3r_ros.model import weights
@@ -225,6 +225,13 @@ def test_a_settings_file_is_read_and_the_command_line_wins(speed3r, images, tmp_
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     for name, value in (("engine.window", 2), ("engine.anchors", 5)):
         assert f'<th scope="row">{name}</th><td class="number">{value}</td>' in page
+
+
+def test_the_printed_parameter_file_holds_the_defaults(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "speed3r_ros.cli", "config"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "recon.yaml").write_text(done.stdout)
+    assert load_yaml(tmp_path / "recon.yaml") == Config()
 
 
 class Scripted:
