@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = read_settings(options.config, options.set)
-        check_destination(options.out, options.overwrite)
+        check_destination(options.out, options.overwrite, Path(options.input))
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 2
@@ -84,13 +84,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_destination(out: Path, overwrite: bool) -> None:
-    """Raise ValueError when `out` holds something that this command did not write."""
+def check_destination(out: Path, overwrite: bool, given: Path) -> None:
+    """Raise ValueError when results in `out` would replace the input or what this command did not write."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    foreign = {path.name for path in out.iterdir()} - OUTPUTS if out.exists() else set()
-    if foreign and not overwrite:
-        raise ValueError(f"--out {out}: holds other files ({sorted(foreign)[0]}); name a new folder or add --overwrite")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if any((out / name).resolve() in (given.resolve(), *given.resolve().parents) for name in names & OUTPUTS):
+        raise ValueError(f"--out {out}: the input {given} would be replaced; name another folder")
+    if names and not overwrite and not ("report.html" in names and names <= OUTPUTS):
+        other = min(names - OUTPUTS or names)
+        raise ValueError(f"--out {out}: holds other files ({other}); name a new folder or add --overwrite")
 
 
 def read_settings(file: Path | None, assignments: list[str]) -> Config:

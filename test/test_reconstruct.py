@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,16 @@ def test_results_are_replaced_and_other_files_kept(speed3r, images, tmp_path):
     assert len(read_tum(out / "trajectory.tum")) == 2
 
 
+def test_the_input_is_never_replaced(speed3r, images, tmp_path):
+    shutil.copytree(images, tmp_path / "bag")
+    for more in ([], ["--overwrite"]):
+        refused = speed3r(tmp_path / "bag", "--out", tmp_path, *more)
+        assert refused.returncode == 2 and "would be replaced" in one_line(refused.stderr)
+    (tmp_path / "bag").rename(tmp_path / "map.ply")  # a folder of this name is not a result either
+    refused = speed3r(images, "--out", tmp_path)
+    assert refused.returncode == 2 and "holds other files (map.ply)" in one_line(refused.stderr)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_the_old_result(images, checkpoint, tmp_path, number):
     long = tmp_path / "long"
@@ -157,7 +168,7 @@ def test_an_interrupted_run_leaves_the_old_result(images, checkpoint, tmp_path, 
     (long / "rgb.txt").write_text("\n".join(rows) + "\n")
     out = tmp_path / "out"
     out.mkdir()
-    (out / "trajectory.tum").write_text("old")
+    (out / "report.html").write_text("old")
     process = subprocess.Popen(
         command(long, "--out", out, "--set", f"engine.weights={checkpoint}"), stderr=subprocess.PIPE, text=True
     )
@@ -169,7 +180,7 @@ def test_an_interrupted_run_leaves_the_old_result(images, checkpoint, tmp_path, 
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "interrupted" in one_line(errors)
-    assert os.listdir(out) == ["trajectory.tum"] and (out / "trajectory.tum").read_text() == "old"
+    assert os.listdir(out) == ["report.html"] and (out / "report.html").read_text() == "old"
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing(speed3r, images, tmp_path):
