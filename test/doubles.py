@@ -1,0 +1,72 @@
+"""A stand-in for the engine whose answers are known in closed form, to test the node's messages. Also runs as a node:
+
+python test/doubles.py --ros-args ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from speed3r_ros.model.config import EngineConfig
+from speed3r_ros.model.engine import Engine, resize_intrinsics, unusable
+from speed3r_ros.model.types import Estimate, Frame, Tracking
+
+SIZE = (24, 32)
+STEP = np.array([0.01, 0.0, 0.1])  # metres per frame along x (right) and z (forward) of the camera
+TURN = np.radians(2.0)  # per frame, about the camera's y axis (down): to the right
+DEPTH = 2.0
+K_UNKNOWN = np.array([[30.0, 0, 15.5], [0, 30.0, 11.5], [0, 0, 1]])
+
+
+def step_transform() -> np.ndarray:
+    """Pose of the next camera in the present one."""
+    c, s = np.cos(TURN), np.sin(TURN)
+    T = np.eye(4)
+    T[:3, :3] = [[c, 0, s], [0, 1, 0], [-s, 0, c]]
+    T[:3, 3] = STEP
+    return T
+
+
+class ScriptedEngine:
+    """Moves by the same step at every usable frame, in front of a wall with an invalid corner."""
+
+    device, dtype, input_size = torch.device("cpu"), torch.float32, SIZE
+
+    def __init__(self) -> None:
+        self.config = EngineConfig()
+        self.reset()
+
+    def reset(self) -> None:
+        self.T = None
+
+    def push(self, frame: Frame) -> Estimate:
+        Engine._prepare(self, frame)  # the same checks of the input
+        reason = unusable(frame.image)
+        if reason:
+            return Estimate(frame.stamp_ns, Tracking.LOST, lost_reason=reason)
+        first = self.T is None
+        self.T = np.eye(4) if first else self.T @ step_transform()
+        confidence = np.ones(SIZE, np.float32)
+        confidence[:4, :4] = 0
+        K = K_UNKNOWN if frame.K is None else resize_intrinsics(frame.K, frame.image.shape[:2], SIZE)
+        image = np.full((*SIZE, 3), (10, 20, 30), np.uint8)
+        return Estimate(
+            frame.stamp_ns,
+            Tracking.STARTING if first else Tracking.TRACKING,
+            self.T.copy(),
+            np.full(SIZE, DEPTH, np.float32),
+            confidence,
+            K,
+            image,
+            first,
+            np.array([0.01, 0.02]),
+        )
+
+
+if __name__ == "__main__":
+    from speed3r_ros.recon_node import main
+
+    sys.exit(main(engine=ScriptedEngine()))
