@@ -55,7 +55,7 @@ class EngineConfig:
     bank: int = setting(32, "keyframes whose pooled keys and values stay in memory", low=1, high=1024)
     top_k: int = setting(32, "key blocks of 16 tokens that a query block attends to, per head", low=1, high=4096)
     refresh: int = setting(
-        12, "keyframes after which a new segment takes over with a fresh gauge; 0 = never", low=0, high=100000
+        24, "keyframes after which a new segment takes over with a fresh gauge; 0 = never", low=0, high=100000
     )
     keyframe_overlap: float = setting(
         0.75,

@@ -96,6 +96,11 @@ class Extrinsics:
             found[frame] = T
         return found
 
+    @property
+    def listening(self) -> bool:
+        """Whether TF may still tell."""
+        return bool(self._subscriptions)
+
     def finish(self) -> None:
         """Stop listening to TF."""
         for subscription in self._subscriptions:

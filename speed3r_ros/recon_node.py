@@ -301,7 +301,7 @@ class ReconNode(Node):
         T = self.extrinsics.lookup(frame_id)
         base = self.config.frames.base
         if T is None:
-            if time.monotonic() - self._first_image < self.config.frames.wait:
+            if self.extrinsics.listening and time.monotonic() - self._first_image < self.config.frames.wait:
                 return False
             T = T_link_optical
             self.get_logger().warning(

@@ -30,9 +30,10 @@ class OutputBag:
         self._writer = Writer(path, version=9, storage_plugin=StoragePlugin.MCAP)
         self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
         self._connections: dict[str, Any] = {}
-        given = config.frames.base_to_camera
-        self._world = WorldFrame(parse_pose(given) if given else T_link_optical)
         self._camera = config.frames.camera or CAMERA_FRAME
+        given, base = config.frames.base_to_camera, config.frames.base
+        level = T_link_optical if base and base != self._camera else np.eye(4)
+        self._world = WorldFrame(parse_pose(given) if given else level)
         self._path = Trajectory(config.path.max_length)
         self._static_sent = False
 
