@@ -42,7 +42,7 @@ class ros_types:
     def octets(data: np.ndarray) -> array.array:
         """Contents of a `uint8[]` field."""
         out = array.array("B")
-        out.frombytes(memoryview(np.ascontiguousarray(data)).cast("B"))
+        out.frombytes(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
         return out
 
     @staticmethod

@@ -1,0 +1,114 @@
+"""Rendered scenes: geometry that agrees between views, motions that do what they say, and the kernel against its reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from speed3r_ros.sources import open_source
+from speed3r_ros.training.evaluate import rotation_angle
+from speed3r_ros.training.losses import LossWeights, losses, project, relative_poses
+from speed3r_ros.training.render import MOTIONS, SceneDataset
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return SceneDataset("cpu", int(torch.randint(2**31, ())), 56, 84, samples=1, textures_per_family=1)
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_views_agree_on_the_geometry(dataset, motion):
+    batch = dataset.batch(3, 3, motion)
+    depth, R, t = batch["depth"], batch["R"], batch["t"]
+    assert (depth.mean((1, 2, 3)) - 1).abs().max() < 1e-5 and torch.isfinite(batch["img"]).all()
+    camera = torch.cat([batch["ray"][:, None] * depth[..., None], depth[..., None]], -1)
+    world = (R[:, 0, None, None] @ camera[:, 0, ..., None]).squeeze(-1) + t[:, 0, None, None]
+    other = (R[:, 1, None, None].transpose(-1, -2) @ (world - t[:, 1, None, None])[..., None]).squeeze(-1)
+    u, v, z = project(other.flatten(1, 2), batch["K"])
+    inside = (u > 0) & (u < 83) & (v > 0) & (v < 55) & (z > 0)
+    seen = torch.gather(depth[:, 1].flatten(1), 1, v.round().clamp(0, 55).long() * 84 + u.round().clamp(0, 83).long())
+    error = ((seen - z).abs() / z)[inside]
+    assert not len(error) or error.median() < 0.03  # half a pixel on slanted surfaces; occluded points are the minority
+
+
+def test_motions_do_what_they_say(dataset):
+    def relative(name):
+        batch = dataset.batch(24, 8, name)
+        R, t = relative_poses(batch["R"], batch["t"])
+        return rotation_angle(R[:, 0], torch.eye(3).expand_as(R[:, 0])), t[:, 0].norm(dim=-1), batch
+
+    angle, distance, _ = relative("still")
+    assert angle.max() < 1.0 and distance.max() < 0.05 and (distance.amax(1) == 0).any()
+    angle, distance, _ = relative("spin")
+    assert distance.max() < 1e-5 and angle.amax(1).median() > 20
+    angle, distance, batch = relative("wide")
+    steps = (batch["t"][:, 1:] - batch["t"][:, :-1]).norm(dim=-1)
+    assert steps.median() > 0.1 and 5 < angle.median() < 70
+    _, _, batch = relative("stopgo")
+    steps = (batch["t"][:, 1:] - batch["t"][:, :-1]).norm(dim=-1)
+    assert (steps < 1e-3).float().mean() > 0.2 and steps.max() > 0.02
+
+
+def test_seeds_repeat_and_differ():
+    make = lambda seed: SceneDataset("cpu", seed, 56, 56, samples=1, textures_per_family=1).batch(1, 2)["img"]  # noqa: E731
+    a, b, c = make(5), make(5), make(6)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_the_truth_has_no_loss(dataset):
+    """Geometry and pose terms vanish for the true answer in another gauge and unit, and not for a wrong one."""
+    from speed3r_ros.model.network import Prediction
+
+    batch = dataset.batch(4, 3, "general")
+    depth, ray = batch["depth"], batch["ray"][:, None]
+    points = torch.cat([ray * depth[..., None], depth[..., None]], -1).permute(0, 1, 4, 2, 3)
+    Q, _ = torch.linalg.qr(torch.randn(3, 3))
+    Q = Q * torch.det(Q)
+    descriptor = torch.zeros(4, 3, 24, 8)
+
+    def figures(R, t):
+        out = Prediction(points * 0.4, torch.zeros_like(depth), R, t, torch.zeros(4, 3, 2), descriptor)
+        return losses(out, batch, 1, weights=LossWeights())[1]
+
+    good = figures(Q @ batch["R"], 0.4 * (batch["t"] @ Q.T + torch.tensor([1.0, 2, 3])))
+    assert good["points"] < 1e-5 and good["rot_deg"] < 0.05 and good["translation"] < 5e-3 and good["absrel"] < 1e-5
+    bad = figures((Q @ batch["R"]).transpose(-1, -2), 0.4 * batch["t"])
+    assert bad["rot_deg"] > 0.5
+
+
+def test_kernel_is_its_reference():
+    pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernel on the CPU")
+    code = """
+import torch
+from speed3r_ros.kernels import raycast
+from speed3r_ros.training.scenes import sample_scene
+from speed3r_ros.training.textures import Rng, TextureBank
+random, bank = Rng("cpu", int(torch.randint(2**31, ()))), TextureBank("cpu", 1, 1)
+for samples, size in ((1, (24, 32)), (4, (15, 21))):
+    scene = sample_scene(random, 2, 2, *size, bank.n)
+    rgb, depth = raycast.raycast_triton(scene, bank.data, *size, samples)
+    rgb_ref, depth_ref = raycast.raycast_reference(scene, bank.data, *size, samples)
+    assert ((depth - depth_ref).abs() > 1e-3 * depth_ref).float().mean() < 5e-3
+    assert ((rgb - rgb_ref).abs() > 0.03).float().mean() < 1e-2
+"""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_sample_bag():
+    source = open_source(ROOT / "resource" / "sample_bag")
+    items = list(source)
+    assert len(items) == len(source.truth) == 216
+    assert [stamp for stamp, *_ in items] == source.truth.stamps_ns.tolist()
+    assert items[0][1].shape == (240, 320, 3) and items[0][2] is not None
+    path = np.linalg.norm(np.diff(source.truth.poses[:, :3, 3], axis=0), axis=1).sum()
+    assert 3 < path < 6 and np.linalg.norm(source.truth.poses[-1, :3, 3] - source.truth.poses[0, :3, 3]) < 0.1
+    size = sum(p.stat().st_size for p in (ROOT / "resource" / "sample_bag").iterdir())
+    assert size <= 8 * 2**20

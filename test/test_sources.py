@@ -1,0 +1,138 @@
+"""Recorded inputs: bags written here with rosbags, videos with OpenCV, folders; and everything that can be wrong with them."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_typestore
+
+from speed3r_ros.convert import array_to_image, bag_types, info_from_K
+from speed3r_ros.sources import open_source
+
+STORE = get_typestore(Stores.ROS2_JAZZY)
+K = np.array([[50.0, 0, 20], [0, 55, 15], [0, 0, 1]])
+RNG = np.random.default_rng()
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def write_bag(path, topics, storage=StoragePlugin.MCAP, frames=5):
+    """A bag with random images on `topics`, a camera_info beside /cam/image and a foreign topic."""
+    sent = {topic: [] for topic in topics}
+    with Writer(path, version=9, storage_plugin=storage) as writer:
+        connections = {t: writer.add_connection(t, "sensor_msgs/msg/Image", typestore=STORE) for t in topics}
+        info = writer.add_connection("/cam/camera_info", "sensor_msgs/msg/CameraInfo", typestore=STORE)
+        other = writer.add_connection("/odom", "geometry_msgs/msg/Point", typestore=STORE)
+        for i in range(frames):
+            stamp = 1_700_000_000_123_456_789 + i * 10**8
+            point = bag_types.make("geometry_msgs/msg/Point", x=0.0, y=0.0, z=0.0)
+            writer.write(other, stamp, STORE.serialize_cdr(point, "geometry_msgs/msg/Point"))
+            message = info_from_K(K, 40, 30, stamp, "cam", bag_types)
+            writer.write(info, stamp, STORE.serialize_cdr(message, "sensor_msgs/msg/CameraInfo"))
+            for topic in topics:
+                image = RNG.integers(0, 255, (30, 40, 3), dtype=np.uint8)
+                sent[topic].append((stamp, image))
+                message = array_to_image(image, stamp, "cam", types=bag_types)
+                if i == 2:
+                    message.encoding = "nonsense"
+                writer.write(connections[topic], stamp, STORE.serialize_cdr(message, "sensor_msgs/msg/Image"))
+    return sent
+
+
+@pytest.mark.parametrize("storage", [StoragePlugin.MCAP, StoragePlugin.SQLITE3])
+def test_bag_round_trip_skips_and_names_a_bad_frame(tmp_path, storage, capsys):
+    sent = write_bag(tmp_path / "bag", ["/cam/image"], storage)["/cam/image"]
+    (tmp_path / "groundtruth.tum").write_text("1700000000.123456789 1 2 3 0 0 0 1\n")
+    source = open_source(tmp_path / "bag")
+    items = list(source)
+    good = [item for i, item in enumerate(sent) if i != 2]
+    assert [item[0] for item in items] == [stamp for stamp, _ in good] and len(source) == 5
+    for (_, image, camera), (_, expected) in zip(items, good):
+        np.testing.assert_array_equal(image, expected)
+        np.testing.assert_array_equal(camera.K, K)
+    assert "'nonsense' is not supported" in capsys.readouterr().err
+    assert source.truth.stamps_ns.tolist() == [1_700_000_000_123_456_789] and abs(source.duration_s - 0.4) < 1e-6
+
+
+def test_several_or_no_image_topics_are_listed(tmp_path):
+    write_bag(tmp_path / "two", ["/cam/image", "/rear/image"])
+    with pytest.raises(ValueError, match="several image topics.*/cam/image, /rear/image"):
+        open_source(tmp_path / "two")
+    rear = list(open_source(tmp_path / "two", "/rear/image"))
+    assert len(rear) == 4 and rear[0][2] is None  # no camera_info beside it
+    write_bag(tmp_path / "none", [])
+    with pytest.raises(ValueError, match=r"no image topic; its topics are: /cam/camera_info .*, /odom"):
+        open_source(tmp_path / "none")
+    with pytest.raises(ValueError, match="'/odom' is not an image topic"):
+        open_source(tmp_path / "none", "/odom")
+
+
+def test_truncated_bag_ends_in_one_line(tmp_path, capsys):
+    write_bag(tmp_path / "bag", ["/cam/image"], frames=60)
+    data = next((tmp_path / "bag").glob("*.mcap"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    try:
+        count = len(list(open_source(tmp_path / "bag")))
+        assert count < 60
+    except ValueError as error:
+        assert "not a readable bag" in str(error) and "\n" not in str(error)
+
+
+def test_video(tmp_path):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 20, (64, 48))
+    for i in range(7):
+        writer.write(np.full((48, 64, 3), (10, 20, 30 * i), np.uint8))  # BGR
+    writer.release()
+    items = list(open_source(path))
+    assert [stamp for stamp, *_ in items] == [i * 50_000_000 for i in range(7)] and items[0][2] is None
+    for i, (_, image, _) in enumerate(items):
+        assert np.abs(image.reshape(-1, 3).mean(0) - [30 * i, 20, 10]).max() < 6
+
+
+def test_folder_with_timestamps(tmp_path, capsys):
+    (tmp_path / "rgb").mkdir()
+    image = RNG.integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "rgb" / "b.png"), image[..., ::-1])
+    (tmp_path / "rgb" / "a.png").write_bytes(b"not a picture")
+    (tmp_path / "rgb.txt").write_text(
+        "# timestamp file\n1305031232.861666123 rgb/a.png\n1305031233.000000001 rgb/b.png\n"
+    )
+    (tmp_path / "intrinsics.json").write_text('{"fx": 50, "fy": 55, "cx": 20, "cy": 15, "width": 40, "height": 30}')
+    ((stamp, got, camera),) = open_source(tmp_path)
+    assert stamp == 1305031233000000001 and "a.png: not a readable image" in capsys.readouterr().err
+    np.testing.assert_array_equal(got, image)
+    np.testing.assert_array_equal(camera.K, K)
+
+
+def test_plain_folder_is_in_natural_order(tmp_path):
+    for i in (1, 2, 10):
+        cv2.imwrite(str(tmp_path / f"f{i}.png"), np.full((4, 4, 3), i, np.uint8))
+    assert [int(image[0, 0, 0]) for _, image, _ in open_source(tmp_path)] == [1, 2, 10]
+
+
+@pytest.mark.parametrize("case, says", [("nowhere", "does not exist"), ("empty", "no images"), ("clip.mp4", "not a video"),
+                                        ("notes.txt", "neither a bag"), ("intrinsics", "expected fx, fy"), ("bag.mcap", "not a readable bag")])  # fmt: skip
+def test_unreadable_inputs_are_said_in_one_line(tmp_path, case, says):
+    path = tmp_path / case
+    if case == "empty":
+        path.mkdir()
+    elif case == "intrinsics":
+        path.mkdir()
+        cv2.imwrite(str(path / "a.png"), np.zeros((4, 4, 3), np.uint8))
+        (path / "intrinsics.json").write_text('{"fx": 3}')
+    elif case != "nowhere":
+        path.write_bytes(b"garbage" * 100)
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as error:
+        open_source(path)
+    assert "\n" not in str(error.value)
+
+
+def test_real_sequence():
+    if not (SHARED / "tum_fr1_rpy_200").is_dir():
+        pytest.skip("needs the real sequences")
+    source = open_source(SHARED / "tum_fr1_rpy_200")
+    stamp, image, camera = next(iter(source))
+    assert stamp == 1305031232861666000 and image.shape == (480, 640, 3) and len(source) == len(source.truth) == 200
+    assert camera.rectify(image)[0].shape == image.shape
