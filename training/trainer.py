@@ -1,6 +1,12 @@
-"""Train the compact model on rendered scenes, under the incremental visibility that it is deployed with.
+"""Train the compact model on rendered scenes, in two stages.
 
-    torchrun --standalone --nproc_per_node 8 -m speed3r_ros.training.trainer --minutes 22 --out runs/compact
+    torchrun --standalone --nproc_per_node 4 -m speed3r_ros.training.trainer --out runs/dense --minutes 14.5 \\
+        --attention dense --bidirectional --compile
+    torchrun --standalone --nproc_per_node 4 -m speed3r_ros.training.trainer --out runs/compact --minutes 10 \\
+        --init runs/dense/weights --lr 5e-4 --compile
+
+The first stage is dense and bidirectional; the second is sparse and causal, under exactly the incremental visibility that
+the model is deployed with. From scratch, the second alone does not learn to match views (docs/benchmarks.md).
 
 One process per GPU (or one on the CPU for a trial: `--frames 48 --steps 2`). The schedule is in minutes of training, so
 that a run fits a machine's time; `--resume` continues from the checkpoint in --out.
@@ -50,6 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--attention", default="speed3r", choices=("speed3r", "dense"))
+    parser.add_argument("--bidirectional", action="store_true", help="every frame sees every frame (the first stage)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (CUDA)")
     parser.add_argument("--resume", action="store_true")
@@ -64,7 +71,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class VisibilityBank:
     """Precomputed masks of random keyframe patterns, per sequence length."""
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    def __init__(self, device: torch.device, seed: int, bidirectional: bool) -> None:
         draw = random.Random(seed)
         self.masks: dict[int, tuple[Tensor, Tensor]] = {}
         for views in VIEWS:
@@ -73,7 +80,7 @@ class VisibilityBank:
                 rate = draw.choice((0.3, 0.6, 1.0))
                 keyframes = [t == 0 or draw.random() < rate for t in range(views)]
                 pairs.append(visibility(keyframes, WINDOW, ANCHORS, BANK))
-            fine, coarse = (torch.stack(x).to(device) for x in zip(*pairs))
+            fine, coarse = (torch.stack(x).to(device) | bidirectional for x in zip(*pairs))
             self.masks[views] = fine, coarse
 
     def draw(self, sequences: int, views: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -138,7 +145,7 @@ class Trainer:
             samples=4 if cuda else 1,
             verbose=self.rank == 0,
         )
-        self.visibility = VisibilityBank(self.device, args.seed)
+        self.visibility = VisibilityBank(self.device, args.seed, args.bidirectional)
         self.generator = torch.Generator(self.device).manual_seed(args.seed + 31 * self.rank + self.step)
         if args.compile:
             torch._dynamo.config.recompile_limit = 64
@@ -150,6 +157,7 @@ class Trainer:
                 device_ids=[self.device.index] if cuda else None,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
+                find_unused_parameters=args.attention == "dense",  # the gates
             )
             if self.world > 1
             else self.network
