@@ -1,18 +1,19 @@
-"""TF without tf2: the camera's place on the robot, and the transforms that the node publishes.
+"""TF without tf2: the camera's place on the robot, the odometry of others, and the transforms that the node publishes.
 
 `tf2_msgs` is imported here only, so that the node also runs where it is not installed (then without TF).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 
-from speed3r_ros.convert import matrix_from_transform
-from speed3r_ros.mapping.geometry import inverse
+from speed3r_ros.convert import matrix_from_transform, stamp_to_ns
+from speed3r_ros.mapping.geometry import inverse, quaternion_from_matrix, transform
 from speed3r_ros.outputs import parse_pose
 
 try:
@@ -21,6 +22,8 @@ except ImportError:
     TFMessage = None
 
 STATIC = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+HISTORY = 1000  # poses kept of another node's odometry: ten seconds at 100 Hz
+STALE_NS = 200_000_000  # beyond the newest of them, its pose is unknown
 
 
 class Broadcaster:
@@ -48,21 +51,28 @@ class Broadcaster:
         self._static.publish(TFMessage(transforms=[message]))
 
 
-class Extrinsics:
-    """The camera's optical frame in the robot's base frame, from a parameter or from TF, looked up once."""
+class Listener:
+    """The newest transform of every frame on /tf and /tf_static, as long as somebody needs them."""
 
-    def __init__(self, node: Node, base: str, given: str) -> None:
-        self._base, self._given = base, parse_pose(given) if given else None
+    def __init__(self, node: Node) -> None:
+        self._node, self._closed = node, False
         self._edges: dict[str, tuple[str, np.ndarray]] = {}
         self._subscriptions = []
-        self._node = node
-        if self._given is None and base and TFMessage is not None:
+        if TFMessage is not None:
             self._subscriptions = [
                 node.create_subscription(TFMessage, "/tf_static", self._store, STATIC),
-                node.create_subscription(TFMessage, "/tf", self._store, 100),
+                node.create_subscription(TFMessage, "/tf", self._receive, 100),
             ]
 
+    def _receive(self, message: Any) -> None:
+        self._store(message)
+
     def _store(self, message: Any) -> None:
+        if self._closed:  # entities are destroyed in the executor's own thread
+            for subscription in self._subscriptions:
+                self._node.destroy_subscription(subscription)
+            self._subscriptions = []
+            return
         for item in message.transforms:
             try:
                 self._edges[item.child_frame_id.lstrip("/")] = (
@@ -72,16 +82,12 @@ class Extrinsics:
             except ValueError as error:
                 self._node.get_logger().warning(f"TF {item.child_frame_id!r}: {error}", throttle_duration_sec=5.0)
 
-    def lookup(self, camera: str) -> np.ndarray | None:
-        """T_base_camera (4, 4), or None while TF does not connect the two frames."""
-        if self._given is not None:
-            return self._given
-        if not self._base or camera == self._base:
-            return np.eye(4)
-        up_camera, up_base = self._ancestors(camera), self._ancestors(self._base)
-        for frame, T in up_camera.items():
-            if frame in up_base:
-                return inverse(up_base[frame]) @ T
+    def lookup(self, target: str, source: str) -> np.ndarray | None:
+        """Newest pose (4, 4) of the frame `source` in the frame `target`, or None while TF does not connect them."""
+        up_source, up_target = self._ancestors(source), self._ancestors(target)
+        for frame, T in up_source.items():
+            if frame in up_target:
+                return inverse(up_target[frame]) @ T
         return None
 
     def _ancestors(self, frame: str) -> dict[str, np.ndarray]:
@@ -99,10 +105,76 @@ class Extrinsics:
     @property
     def listening(self) -> bool:
         """Whether TF may still tell."""
-        return bool(self._subscriptions)
+        return bool(self._subscriptions) and not self._closed
+
+    def close(self) -> None:
+        """Listen no more. Any thread may call it."""
+        self._closed = True
+
+
+class Extrinsics:
+    """The camera's optical frame in the robot's base frame, from a parameter or from TF, looked up once."""
+
+    def __init__(self, node: Node, base: str, given: str) -> None:
+        self._base, self._given = base, parse_pose(given) if given else None
+        self._listener = Listener(node) if base and self._given is None else None
+
+    def lookup(self, camera: str) -> np.ndarray | None:
+        """T_base_camera (4, 4), or None while TF does not connect the two frames."""
+        if self._given is not None:
+            return self._given
+        if self._listener is None or camera == self._base:
+            return np.eye(4)
+        return self._listener.lookup(self._base, camera)
+
+    @property
+    def listening(self) -> bool:
+        """Whether TF may still tell."""
+        return self._listener is not None and self._listener.listening
 
     def finish(self) -> None:
         """Stop listening to TF."""
-        for subscription in self._subscriptions:
-            self._node.destroy_subscription(subscription)
-        self._subscriptions = []
+        if self._listener is not None:
+            self._listener.close()
+
+
+class ForeignOdometry(Listener):
+    """odom -> base as another node publishes it, over the last seconds."""
+
+    def __init__(self, node: Node, odom: str, base: str) -> None:
+        self._odom, self._base = odom, base
+        self._poses: deque[tuple[int, np.ndarray]] = deque(maxlen=HISTORY)
+        super().__init__(node)
+
+    def _receive(self, message: Any) -> None:
+        self._store(message)
+        chain = list(self._ancestors(self._base))
+        if self._odom not in chain:
+            return
+        moving = chain[: chain.index(self._odom)]
+        stamps = [
+            stamp_to_ns(item.header.stamp) for item in message.transforms if item.child_frame_id.lstrip("/") in moving
+        ]
+        if not stamps:
+            return
+        stamp_ns, last_ns = max(stamps), self._poses[-1][0] if self._poses else 0
+        if stamp_ns < last_ns - STALE_NS:
+            self._poses.clear()  # the clock went back
+        elif stamp_ns == last_ns:
+            self._poses.pop()  # another part of the same pose
+        elif stamp_ns < last_ns:
+            return
+        self._poses.append((stamp_ns, self.lookup(self._odom, self._base)))
+
+    def at(self, stamp_ns: int) -> np.ndarray | None:
+        """T_odom_base (4, 4) at a time, interpolated; None where it is not known."""
+        poses = list(self._poses)
+        after = next((i for i, (stamp, _) in enumerate(poses) if stamp >= stamp_ns), None)
+        if after is None:
+            return poses[-1][1] if poses and stamp_ns - poses[-1][0] <= STALE_NS else None
+        if after == 0:
+            return poses[0][1] if poses[0][0] == stamp_ns else None
+        (t0, A), (t1, B) = poses[after - 1], poses[after]
+        w = (stamp_ns - t0) / (t1 - t0)
+        p, q = quaternion_from_matrix(A[:3, :3]), quaternion_from_matrix(B[:3, :3])
+        return transform((1 - w) * A[:3, 3] + w * B[:3, 3], (1 - w) * p + w * (q if p @ q >= 0 else -q))

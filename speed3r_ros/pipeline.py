@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from enum import Enum
 
 import numpy as np
 
-from speed3r_ros.config import Config
+from speed3r_ros.config import Config, InputConfig
 from speed3r_ros.mapping.point_map import PointMap
 from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame
 
 LONGEST = 1_000_000  # poses kept for ~/save_trajectory: nine hours at 30 Hz, in bounded memory
+DISORDER_NS = 1_000_000_000  # frames up to this late are out of order; beyond it the clock went back (as in tf2)
+
+
+class Step(Enum):
+    """How a frame's stamp follows the last one's."""
+
+    NEXT = "continues the stream"
+    REPEATED = "has been seen"
+    LATE = "was overtaken"
+    BACK = "time has jumped back"
+    GAP = "comes after a gap"
+
+
+def step_in_time(last_ns: int | None, stamp_ns: int, rules: InputConfig) -> Step:
+    """Compare a stamp with the newest one so far. One late frame must not cost the map, so a little disorder is no jump."""
+    if last_ns is None or last_ns < stamp_ns <= last_ns + rules.max_gap * 1e9:
+        return Step.NEXT
+    if stamp_ns > last_ns:
+        return Step.GAP
+    if stamp_ns == last_ns:
+        return Step.REPEATED
+    if last_ns - stamp_ns <= DISORDER_NS:
+        return Step.LATE
+    return Step.BACK if rules.reset_on_time_jump else Step.NEXT
 
 
 class Pipeline:
     """Engine, scale, trajectory and map.
 
     Poses are camera-to-world, OpenCV axes; world is the optical frame of the first tracked frame since `reset`.
+    One thread computes (`process`, `restart`, `reset`); any thread may read `point_map` and call `recorded`.
     """
 
     def __init__(self, config: Config | None = None, engine: Engine | None = None) -> None:
@@ -26,6 +53,8 @@ class Pipeline:
         self.engine = engine or Engine(self.config.engine)
         self.trajectory = Trajectory(LONGEST)
         self.point_map = PointMap(self.config.map.voxel, self.config.map.max_points)
+        self.map_version = 0  # grows whenever the map changes
+        self._lock = threading.Lock()  # of the trajectory
         self._origin = np.eye(4)
         self._last = np.eye(4)
 
@@ -40,10 +69,12 @@ class Pipeline:
         self._last = T = self._origin @ T
         sigma = estimate.pose_sigma * [factor, 1.0]
         estimate = replace(estimate, T_world_cam=T, depth=estimate.depth * np.float32(factor), pose_sigma=sigma)
-        self.trajectory.append(frame.stamp_ns, T)
+        with self._lock:
+            self.trajectory.append(frame.stamp_ns, T)
         if estimate.is_keyframe:
             points, colors, confidence = cloud(estimate, self.config, min_confidence=self.config.map.min_confidence)
             self.point_map.insert(points @ T[:3, :3].T + T[:3, 3], colors, confidence)
+            self.map_version += 1
         return estimate
 
     def restart(self) -> None:
@@ -54,9 +85,20 @@ class Pipeline:
     def reset(self) -> None:
         """Start anew: trajectory and map are cleared, and the next frame defines the world."""
         self.engine.reset()
-        self.trajectory.clear()
+        with self._lock:
+            self.trajectory.clear()
         self.point_map.clear()
+        self.map_version += 1
         self._origin = self._last = np.eye(4)
+
+    def recorded(self) -> Trajectory:
+        """A copy of the trajectory, which may be written while tracking goes on."""
+        copy = Trajectory(LONGEST)
+        with self._lock:
+            stamps, poses = self.trajectory.stamps_ns, self.trajectory.poses
+        for stamp_ns, T in zip(stamps.tolist(), poses):
+            copy.append(stamp_ns, T)
+        return copy
 
 
 def valid_depth(estimate: Estimate, config: Config) -> np.ndarray:

@@ -68,6 +68,7 @@ class FollowingSubscription:
 
     def _incompatible(self, _: Any) -> None:
         self._node.get_logger().warning(
-            f"{self._topic}: a publisher's QoS is incompatible with {self.reliability.name.lower()}; looking again",
+            f"{self._topic}: a publisher's QoS is incompatible with {self.reliability.name.lower()}; "
+            + ("set input.reliability to auto" if self._wanted is not None else "looking again"),
             throttle_duration_sec=5.0,
         )

@@ -1,7 +1,7 @@
 """The ROS 2 node: images in, poses, TF, depth, confidence and points out.
 
-Three threads that never wait for one another: the executor receives and answers, one thread computes (newest frame
-wins), one builds and publishes messages. Nothing is built for a topic without subscribers.
+Threads that never wait for one another: the executor receives and answers, one computes (newest frame wins), one
+publishes each frame's messages, one the path and the map. Nothing is built for a topic without subscribers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_srvs.srv import SetBool, Trigger
 
@@ -32,28 +34,32 @@ from speed3r_ros import convert
 from speed3r_ros.config import Config, settings, with_values
 from speed3r_ros.convert import camera_from_info, image_to_array, ns_to_stamp, stamp_to_ns
 from speed3r_ros.diagnostics import Statistics, diagnostics_message
-from speed3r_ros.frames import Broadcaster, Extrinsics
+from speed3r_ros.frames import Broadcaster, Extrinsics, ForeignOdometry
 from speed3r_ros.mapping.geometry import T_link_optical, inverse
+from speed3r_ros.mapping.point_map import write_ply
 from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame, Tracking
 from speed3r_ros.outputs import WorldFrame
-from speed3r_ros.pipeline import Pipeline, cloud, valid_depth
+from speed3r_ros.pipeline import DISORDER_NS, Pipeline, Step, cloud, step_in_time, valid_depth
 from speed3r_ros.qos import FollowingSubscription
 from speed3r_ros.worker import Worker
 
 OUTPUT_DEPTH = 5
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 FOREIGN_PARAMETERS = ("use_sim_time", "start_type_description_service", "qos_overrides.")
+OTHER_CLOCK_NS = 5_000_000_000  # images stamped further than this from the node's clock follow another one
+SILENCE_NS = 1_000_000_000
 
 
 @dataclass
 class Received:
-    """An image message and when it arrived (monotonic seconds)."""
+    """An image message and when it arrived: monotonic seconds, and nanoseconds of the node's clock."""
 
     message: Any
     info: CameraInfo | None
     arrived: float
+    clock_ns: int
 
 
 @dataclass
@@ -64,7 +70,6 @@ class Answer:
     frame_id: str
     T_odom_base: np.ndarray
     twist: np.ndarray
-    arrived: float
 
 
 def descriptor(item: Any) -> ParameterDescriptor:
@@ -81,6 +86,13 @@ def descriptor(item: Any) -> ParameterDescriptor:
     elif low is not None and high is not None and type(item.default) is float:
         out.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high), step=0.0)]
     return out
+
+
+def calibration(info: CameraInfo) -> tuple:
+    """What of a CameraInfo decides rectification and intrinsics; its stamp does not."""
+    region = info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height
+    sizes = info.width, info.height, info.binning_x, info.binning_y
+    return *sizes, *region, info.distortion_model, info.k.tobytes(), info.d.tobytes()
 
 
 def twist_between(T_before: np.ndarray, T_now: np.ndarray, seconds: float) -> np.ndarray:
@@ -104,20 +116,26 @@ class ReconNode(Node):
         self.pipeline = Pipeline(self.config, engine)
         self.statistics = Statistics()
         self.paused = False
-        self._lock = threading.Lock()  # pipeline and what is derived from it
+        self._lock = threading.Lock()  # one frame or one reset at a time
+        self._path_lock = threading.Lock()
         self._world: WorldFrame | None = None
-        self._camera = (None, None)  # CameraInfo message and what it means
+        self._camera = (None, None)  # calibration and the camera that it means
         self._info: CameraInfo | None = None
         self._last_stamp: int | None = None
         self._last_pose: tuple[int, np.ndarray] | None = None
+        self._image_clock = 0, 0  # node's clock at the last image, and how far the image's stamp was ahead of it, ns
+        self._frame_id = ""
+        self._odometry: ForeignOdometry | None = None
+        self._correction: np.ndarray | None = None  # T_map_odom where another node publishes odom -> base
         self._first_image = 0.0
-        self._map_version = -1
+        self._map_version = 0
         self._told: set[str] = set()
         self._path = Trajectory(self.config.path.max_length)
         self.extrinsics = Extrinsics(self, self.config.frames.base, self.config.frames.base_to_camera)
         self.broadcaster = Broadcaster(self)
         self._create_outputs()
         self._publisher = Worker("publish", 16, self._publish, self._report)
+        self._slow_publisher = Worker("publish slow", 2, lambda publish: publish(), self._report)
         self._computer = Worker("compute", 1, self._compute, self._report)
         self._create_inputs()
         engine = self.pipeline.engine
@@ -188,19 +206,40 @@ class ReconNode(Node):
     def _receive(self, message: Any) -> None:
         self.statistics.received()
         if not self.paused:
-            self._computer.mailbox.put(Received(message, self._info, time.monotonic()))
+            now_ns = self.get_clock().now().nanoseconds
+            self._computer.mailbox.put(Received(message, self._info, time.monotonic(), now_ns))
 
     def _receive_info(self, message: CameraInfo) -> None:
         self._info = message
 
     def _on_clock_jump(self, jump: Any) -> None:
         if self.config.input.reset_on_time_jump:
-            self._reset(f"the clock jumped back by {-jump.delta.nanoseconds / 1e9:.3f} s")
+            self._apart(lambda: self._follow_clock(f"the clock jumped back by {-jump.delta.nanoseconds / 1e9:.3f} s"))
 
-    def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        self._reset("on request")
+    def _follow_clock(self, why: str) -> None:
+        ahead = self._last_stamp is not None and self._last_stamp - self.get_clock().now().nanoseconds > DISORDER_NS
+        if ahead:  # otherwise the images are already on the new time
+            self._reset(why)
+
+    async def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        await self._apart(lambda: self._reset("on request"))
         response.success, response.message = True, "reset"
         return response
+
+    def _apart(self, work: Callable[[], Any]) -> Future:
+        """Run something slow in a thread of its own, while the executor goes on."""
+        future = Future(executor=self.executor)
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+            if executor := self.executor:
+                executor.wake()
+
+        threading.Thread(target=run, name="service", daemon=True).start()
+        return future
 
     def _on_pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self.paused = request.data
@@ -210,27 +249,29 @@ class ReconNode(Node):
         response.success, response.message = True, "paused" if self.paused else "running"
         return response
 
-    def _on_save_trajectory(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        path = self.config.output.trajectory_path
-        return self._save(
-            response, path, lambda: self.pipeline.trajectory.write_tum(path), f"{len(self.pipeline.trajectory)} poses"
-        )
+    async def _on_save_trajectory(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        def write(path: str) -> str:
+            trajectory = self.pipeline.recorded()
+            trajectory.write_tum(path)
+            return f"{len(trajectory)} poses"
 
-    def _on_save_map(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        path = self.config.output.map_path
-        return self._save(
-            response, path, lambda: self.pipeline.point_map.write_ply(path), f"{len(self.pipeline.point_map)} points"
-        )
+        return await self._save(response, self.config.output.trajectory_path, write)
 
-    def _save(self, response: Trigger.Response, path: str, write: Any, what: str) -> Trigger.Response:
+    async def _on_save_map(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        def write(path: str) -> str:
+            points, colors, confidence = self.pipeline.point_map.snapshot()
+            write_ply(path, points, colors, confidence)
+            return f"{len(points)} points"
+
+        return await self._save(response, self.config.output.map_path, write)
+
+    async def _save(self, response: Trigger.Response, path: str, write: Callable[[str], str]) -> Trigger.Response:
         try:
-            write()
-            response.success, response.message = True, f"{what} written to {path}"
-        except OSError as error:
-            response.success, response.message = (
-                False,
-                f"{path} not written: {error.strerror or error}; set another path",
-            )
+            written = await self._apart(lambda: write(path))
+            response.success, response.message = True, f"{written} written to {path}"
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            response.success, response.message = False, f"{path} not written: {reason}; set another path"
             self.get_logger().error(response.message)
         return response
 
@@ -240,12 +281,13 @@ class ReconNode(Node):
         message = received.message
         stamp_ns = stamp_to_ns(message.header.stamp)
         frame_id = self.config.frames.camera or message.header.frame_id
-        if not self._check_time(stamp_ns):
+        if not self._continues(stamp_ns):
             return
         frame = self._frame(message, received.info, stamp_ns)
+        if not self._find_extrinsics(frame_id):
+            self.statistics.tracking = "waiting for TF"
+            return
         with self._lock:
-            if not self._find_extrinsics(frame_id):
-                return
             estimate = self.pipeline.process(frame)
             latency = time.monotonic() - received.arrived
             self.statistics.processed(latency, estimate.tracking.value, estimate.lost_reason)
@@ -257,37 +299,43 @@ class ReconNode(Node):
             T = self._world.base(estimate.T_world_cam)
             seconds = (stamp_ns - self._last_pose[0]) / 1e9 if self._last_pose else 0.0
             twist = twist_between(self._last_pose[1], T, seconds) if self._last_pose else np.zeros(6)
+            if self._odometry and (T_odom_base := self._odometry.at(stamp_ns)) is not None:
+                self._correction = T @ inverse(T_odom_base)
+            self._frame_id, self._image_clock = frame_id, (received.clock_ns, stamp_ns - received.clock_ns)
             self._last_pose = stamp_ns, T
-            self._path.append(stamp_ns, T)
-        self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist, received.arrived))
+            with self._path_lock:
+                self._path.append(stamp_ns, T)
+        self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist))
 
-    def _check_time(self, stamp_ns: int) -> bool:
-        """Whether the frame continues the stream, starts it anew, or repeats what has been seen."""
-        last, self._last_stamp = self._last_stamp, stamp_ns
-        if last is None:
-            return True
-        if stamp_ns == last:
+    def _continues(self, stamp_ns: int) -> bool:
+        """Whether a frame with this stamp is to be used; a jump in time starts a new segment, or all anew."""
+        last_ns = self._last_stamp
+        step = step_in_time(last_ns, stamp_ns, self.config.input)
+        if step is Step.REPEATED or step is Step.LATE:
             self.statistics.count("bad")
-            self._tell(f"image stamp {stamp_ns} ns repeats: the frame is skipped; check the camera driver's clock")
-            return False
-        if stamp_ns < last and self.config.input.reset_on_time_jump:
-            self._reset(f"image stamps jumped back by {(last - stamp_ns) / 1e9:.3f} s")
-            self._last_stamp = stamp_ns
-        elif stamp_ns - last > self.config.input.max_gap * 1e9:
-            self.get_logger().warning(
-                f"no image for {(stamp_ns - last) / 1e9:.1f} s: a new segment starts at the last pose"
+            late = f"is {(last_ns - stamp_ns) / 1e9:.3f} s older than the one before"
+            self._tell(
+                f"image stamp {stamp_ns} ns {'repeats' if step is Step.REPEATED else late}: "
+                "the frame is skipped; check the camera driver's clock"
             )
+            return False
+        if step is Step.BACK:
+            self._reset(f"image stamps jumped back by {(last_ns - stamp_ns) / 1e9:.3f} s")
+        elif step is Step.GAP:
+            gap = (stamp_ns - last_ns) / 1e9
+            self.get_logger().warning(f"no image for {gap:.1f} s: a new segment starts at the last pose")
             with self._lock:
                 self.pipeline.restart()
                 self._last_pose = None
+        self._last_stamp = stamp_ns
         return True
 
     def _frame(self, message: Any, info: CameraInfo | None, stamp_ns: int) -> Frame:
         image, K = image_to_array(message), None
         try:
-            if info is not None and info is not self._camera[0]:
-                self._camera = info, None
-                self._camera = info, camera_from_info(info)
+            if info is not None and (known := calibration(info)) != self._camera[0]:
+                self._camera = known, None
+                self._camera = known, camera_from_info(info)
             if info is not None and self._camera[1] is not None:
                 image, K = self._camera[1].rectify(image)
         except ValueError as error:
@@ -319,12 +367,12 @@ class ReconNode(Node):
     def _reset(self, why: str) -> None:
         self.get_logger().info(f"reset: {why}")
         self._computer.mailbox.clear()
-        self._publisher.mailbox.clear()
         with self._lock:
             self.pipeline.reset()
-            self._path.clear()
-            self._last_pose = self._last_stamp = None
-            self._map_version = -1
+            with self._path_lock:
+                self._path.clear()
+            self._last_pose = self._last_stamp = self._correction = None
+            self._publisher.mailbox.clear()
         self.statistics.count("resets")
 
     def _report(self, error: Exception) -> None:
@@ -366,35 +414,62 @@ class ReconNode(Node):
             points, colors, _ = cloud(estimate, config, config.points.max)
             self.points_pub.publish(convert.points_message(points, colors, stamp, answer.frame_id))
 
-    # ---------------------------------------------------------------------------------------------- executor: timers
-
-    def _send_map_to_odom(self) -> None:
-        tf = self.config.tf
-        if tf.publish and tf.publish_map_to_odom and self._last_pose is not None:
-            stamp = self.get_clock().now().nanoseconds + int(tf.lead * 1e9)
-            self.broadcaster.send(
-                convert.transform_message(np.eye(4), stamp, self.config.frames.map, self.config.frames.odom)
-            )
-
-    def _send_path(self) -> None:
-        if not self.path_pub.get_subscription_count():
-            return
-        with self._lock:
+    def _publish_path(self) -> None:
+        with self._path_lock:
             stamps, poses = self._path.stamps_ns, self._path.poses
         if len(stamps):
             self.path_pub.publish(convert.path_message(stamps, poses, int(stamps[-1]), self.config.frames.map))
 
-    def _send_map(self) -> None:
-        if not self.map_pub.get_subscription_count() or self._world is None:
+    def _publish_map(self) -> None:
+        version, last = self.pipeline.map_version, self._last_pose
+        if self._world is None or version == self._map_version:
             return
-        with self._lock:
-            points, colors = self.pipeline.point_map.points, self.pipeline.point_map.colors
-            stamp = self._last_pose[0] if self._last_pose else self.get_clock().now().nanoseconds
-        if len(points) and len(points) != self._map_version:
-            self._map_version = len(points)
-            self.map_pub.publish(
-                convert.points_message(self._world.points(points), colors, stamp, self.config.frames.map)
-            )
+        points, colors, _ = self.pipeline.point_map.snapshot()
+        stamp_ns = last[0] if last else self.get_clock().now().nanoseconds
+        self.map_pub.publish(
+            convert.points_message(self._world.points(points), colors, stamp_ns, self.config.frames.map)
+        )
+        self._map_version = version
+
+    # ---------------------------------------------------------------------------------------------- executor: timers
+
+    def _send_map_to_odom(self) -> None:
+        config, tf = self.config, self.config.tf
+        if not (tf.publish and tf.publish_map_to_odom):
+            return
+        if tf.publish_odom_to_base:
+            T = np.eye(4) if self._last_pose else None
+        else:
+            T = self._correction
+            if self._odometry is None and self._frame_id:
+                self._odometry = ForeignOdometry(self, config.frames.odom, config.frames.base or self._frame_id)
+            elif T is None and self._last_pose:
+                self.get_logger().warning(
+                    f"map -> odom waits for {config.frames.odom} -> {config.frames.base or self._frame_id} from another "
+                    "node, because tf.publish_odom_to_base is off",
+                    throttle_duration_sec=10.0,
+                )
+        if T is None or (stamp_ns := self._now_ns()) is None:
+            return
+        stamp_ns += int(tf.lead * 1e9)
+        self.broadcaster.send(convert.transform_message(T, stamp_ns, config.frames.map, config.frames.odom))
+
+    def _now_ns(self) -> int | None:
+        """The present on the clock of the images. Where it is not the node's, as when a bag is played without --clock, it
+        is known only while they come."""
+        now_ns = self.get_clock().now().nanoseconds
+        arrived_ns, ahead_ns = self._image_clock
+        if abs(ahead_ns) < OTHER_CLOCK_NS:
+            return now_ns
+        return now_ns + ahead_ns if 0 <= now_ns - arrived_ns < SILENCE_NS else None
+
+    def _send_path(self) -> None:
+        if self.path_pub.get_subscription_count():
+            self._slow_publisher.mailbox.put(self._publish_path)
+
+    def _send_map(self) -> None:
+        if self.map_pub.get_subscription_count():
+            self._slow_publisher.mailbox.put(self._publish_map)
 
     def _send_diagnostics(self) -> None:
         if not self.diagnostics_pub.get_subscription_count():
@@ -408,13 +483,13 @@ class ReconNode(Node):
             "device": str(self.pipeline.engine.device),
         }
         stamp = ns_to_stamp(self.get_clock().now().nanoseconds)
-        dropped = self._computer.mailbox.dropped
+        dropped = self._computer.mailbox.dropped + self._publisher.mailbox.dropped
         self.diagnostics_pub.publish(diagnostics_message(stamp, self.get_name(), self.statistics, dropped, facts))
 
     def stop(self) -> None:
         """End the threads; call before destroy_node."""
-        self._computer.stop()
-        self._publisher.stop()
+        for worker in (self._computer, self._publisher, self._slow_publisher):
+            worker.stop()
 
 
 def main(args: list[str] | None = None, engine: Engine | None = None) -> int:
