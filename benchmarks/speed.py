@@ -57,18 +57,26 @@ def measure(engine: Engine, count: int) -> tuple[np.ndarray, dict[int, float]]:
 @torch.inference_mode()
 def step_alone(engine: Engine, count: int) -> np.ndarray:
     """Seconds of each `Network.step`, device work included."""
-    memory, seconds = engine._new_memory(), np.zeros(count)
+    memory, seconds = engine._segment.memory, np.zeros(count)
     image = torch.rand(3, *engine.input_size, device=engine.device)
+
+    def step(image: torch.Tensor) -> None:
+        if graph := engine._graphs.get(id(memory)):
+            graph(image, None)
+        else:
+            engine.network.step(image, memory, None, engine.config.attention, engine.config.top_k)
+
     for i in range(count):
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
         memory.admit()
-        engine.network.step(image, memory, None, engine.config.attention, engine.config.top_k)
+        step(image)
         memory.keep()
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
         seconds[i] = time.perf_counter() - start
+    engine.reset()
     return seconds
 
 

@@ -9,6 +9,7 @@ the gauge; the hand-over costs a second step on a few keyframes only.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import cv2
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from speed3r_ros.model import weights
 from speed3r_ros.model.config import EngineConfig, check
+from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Network, Prediction
 from speed3r_ros.model.types import Estimate, Frame, Tracking
@@ -136,6 +138,7 @@ class Engine:
             torch.set_num_threads(self.config.threads)
         self.network = (network or weights.load(self.config.weights)).to(self.device).precision(self.dtype).eval()
         self._spare = [self._new_memory(), self._new_memory()]
+        self._graphs = self._capture() if self.device.type == "cuda" else {}
         self.reset()
 
     @property
@@ -158,6 +161,16 @@ class Engine:
             self.dtype,
             self.device,
         )
+
+    @torch.inference_mode()
+    def _capture(self) -> dict[int, GraphedStep]:
+        """A graph for each memory; without them, said with the reason, steps are launched kernel by kernel."""
+        try:
+            return {id(m): GraphedStep(self.network, m, self.config.attention, self.config.top_k) for m in self._spare}
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"no CUDA graph ({reason}): each frame takes several times longer", stacklevel=2)
+            return {}
 
     def reset(self) -> None:
         """Forget the past: the next frame defines a new world frame."""
@@ -250,7 +263,10 @@ class Engine:
     def _step(self, segment: Segment, pixels: Tensor, rays: Tensor | None) -> tuple[Prediction, np.ndarray]:
         """Advance a segment by one frame; its points (3, H, W) float32 in the camera, in the gauge's unit."""
         segment.memory.admit()
-        out = self.network.step(pixels, segment.memory, rays, self.config.attention, self.config.top_k)
+        if graph := self._graphs.get(id(segment.memory)):
+            out = graph(pixels, rays)
+        else:
+            out = self.network.step(pixels, segment.memory, rays, self.config.attention, self.config.top_k)
         return out, out.points[0, 0].float().cpu().numpy()
 
     @staticmethod

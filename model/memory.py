@@ -95,8 +95,9 @@ def visibility(keyframes: Sequence[bool], window: int, anchors: int, bank: int) 
 class Memory:
     """Keys and values of past frames for every global layer, at fixed addresses.
 
-    fine: (1, 1, slots) bool and coarse: (1, 1, slots + bank) bool say which slots the newest frame sees. Bounded:
-    nothing is allocated after construction.
+    fine: (1, 1, slots) bool and coarse: (1, 1, slots + bank) bool say which slots the newest frame sees; first: (1,) bool,
+    that it opens the segment. All state that the network reads lives on the device at fixed addresses, so that one CUDA
+    graph replays every step. Bounded: nothing is allocated after construction.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class Memory:
         self._pooled = torch.zeros(2, layers, heads, slots + bank, blocks, width, dtype=dtype, device=device)
         self._visible = torch.zeros(slots + bank, dtype=torch.bool)
         self._mask = torch.zeros(slots + bank, dtype=torch.bool, device=device)
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.first = torch.zeros(1, dtype=torch.bool, device=device)
 
     @property
     def fine(self) -> Tensor:
@@ -129,11 +132,6 @@ class Memory:
     def coarse(self) -> Tensor:
         """(1, 1, slots + bank) bool: entries whose pooled tokens the newest frame sees."""
         return self._mask.view(1, 1, -1)
-
-    @property
-    def is_first(self) -> bool:
-        """The newest frame opens the segment."""
-        return self.schedule.frame == 0
 
     @property
     def bytes(self) -> int:
@@ -152,7 +150,8 @@ class Memory:
         self._visible.zero_()
         self._visible[[s for _, s in self.schedule.resident] + [self.slots + s for _, s in self.schedule.bank]] = True
         self._mask.copy_(self._visible)
-        self._slot = slot
+        self._slot.fill_(slot)
+        self.first.fill_(self.schedule.frame == 0)
 
     def keep(self) -> None:
         """The newest frame is a keyframe: it will outlive the window."""
@@ -160,9 +159,10 @@ class Memory:
 
     def write(self, layer: int, k: Tensor, v: Tensor, k_pooled: Tensor, v_pooled: Tensor) -> tuple[Tokens, Tokens]:
         """Store the newest frame's k, v (H, L, D) and pooled (H, G, D); return all keys and values of the layer."""
-        slot = self._slot
-        for i, (x, pooled) in enumerate(((k, k_pooled), (v, v_pooled))):
-            self._fine[i, layer, :, slot] = x
-            self._pooled[i, layer, :, slot] = pooled
+        for i, (x, pooled) in enumerate(
+            ((k, k_pooled), (v, v_pooled))
+        ):  # the slot is a tensor: a CUDA graph can replay it
+            self._fine[i, layer].index_copy_(1, self._slot, x[:, None])
+            self._pooled[i, layer].index_copy_(1, self._slot, pooled[:, None])
         fine, pooled = self._fine[:, layer].flatten(2, 3), self._pooled[:, layer].flatten(2, 3)
         return Tokens(fine[0][None], pooled[0][None]), Tokens(fine[1][None], pooled[1][None])

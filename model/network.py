@@ -376,16 +376,23 @@ class Network(nn.Module):
         return self._predict(batch, self.trunk(x, attend), stem, descriptor, *(flat or (None, None)))
 
     def step(
-        self, image: Tensor, memory: Memory, rays: Tensor | None = None, attention: str = "speed3r", top_k: int = 32
+        self,
+        image: Tensor,
+        memory: Memory,
+        rays: Tensor | None = None,
+        attention: str = "speed3r",
+        top_k: int = 32,
+        known: Tensor | None = None,
     ) -> Prediction:
         """One new frame (3, H, W) against the memory, which receives its keys and values in the slot it has reserved.
 
-        rays: (2, H, W) or None when intrinsics are unknown. Batch and frame axes of the prediction are 1.
+        rays: (2, H, W), valid where known: (1,) bool is True, or None when intrinsics are unknown. No synchronisation with
+        the host. Batch and frame axes of the prediction are 1.
         """
-        rays = None if rays is None else rays[None]
-        known = None if rays is None else torch.ones(1, dtype=torch.bool, device=image.device)
-        first = torch.tensor([memory.is_first], device=image.device)
-        x, stem, descriptor = self.encode(image[None], rays, known, first)
+        if rays is not None:
+            rays = rays[None]
+            known = torch.ones(1, dtype=torch.bool, device=image.device) if known is None else known
+        x, stem, descriptor = self.encode(image[None], rays, known, memory.first)
 
         def attend(layer: int, tokens: tuple[Tensor, ...]) -> Tensor:
             q, k, v, q_g, k_g, v_g, gate = tokens

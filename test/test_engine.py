@@ -33,9 +33,9 @@ class OracleNetwork(torch.nn.Module):
     def precision(self, dtype):
         return self
 
-    def step(self, image, memory, rays, attention, top_k):
+    def step(self, image, memory, rays, attention, top_k, known=None):
         self.frame = round(float(image[0, 0, 0]) * 255)
-        if memory.is_first:
+        if bool(memory.first):
             self.gauges[id(memory)] = random_rotation(self.rng), self.rng.standard_normal(3), self.rng.uniform(0.2, 5)
         R, t, unit = self.gauges[id(memory)]
         pose = self.poses[self.frame]

@@ -415,7 +415,9 @@ def test_odometry_of_another_node(rig):
     T = matrix(own[0].transform.translation, own[0].transform.rotation) @ wheels
     np.testing.assert_allclose(T, expected_base(3), atol=1e-6)
     ahead = stamp(own[0]) - (start + 3 * step)
-    assert 10**8 <= ahead < 2 * 10**9  # on the images' clock, post-dated, so that consumers of the newest image do not wait
+    assert (
+        10**8 <= ahead < 2 * 10**9
+    )  # on the images' clock, post-dated, so that consumers of the newest image do not wait
     assert r.close() == 0
 
 
