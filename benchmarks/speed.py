@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=600)
     parser.add_argument("--precision", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--attention", nargs="*", default=["speed3r", "dense"])
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     print(
@@ -92,7 +93,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for precision in args.precision:
-        for attention in ("speed3r", "dense"):
+        for attention in args.attention:
             config = EngineConfig(precision=precision, attention=attention, device=args.device)
             engine = Engine(config, Network())  # time does not depend on the weights
             step = np.median(step_alone(engine, min(args.frames, 100))[20:]) * 1e3

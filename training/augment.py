@@ -28,11 +28,11 @@ def _dct(dev):
 
 
 def _blur(x, s):
-    """separable 5-tap Gaussian, per-sample sigma (F,1,1,1)"""
-    w = [torch.exp(-0.5 * (k / s) ** 2) for k in range(3)]
-    z = w[0] + 2 * w[1] + 2 * w[2]
-    w = [a / z for a in w]
-    for dim, pad in ((3, (2, 2, 0, 0)), (2, (0, 0, 2, 2))):
+    """separable 5-tap Gaussian, per-sample sigmas (F,1,1,1) along x and y"""
+    for dim, pad, sigma in ((3, (2, 2, 0, 0), s[0]), (2, (0, 0, 2, 2), s[1])):
+        w = [torch.exp(-0.5 * (k / sigma) ** 2) for k in range(3)]
+        z = w[0] + 2 * w[1] + 2 * w[2]
+        w = [a / z for a in w]
         p = F.pad(x, pad, mode="replicate")
         L = x.shape[dim]
         x = sum(w[abs(k)] * p.narrow(dim, 2 + k, L) for k in range(-2, 3))
@@ -63,7 +63,9 @@ def augment(rgb: Tensor, B: int, N: int, r: Rng, strength: float = 1.0) -> Tenso
     s = (
         r.u(B, 1, 1, 1, 1, lo=0.25, hi=0.25 + 0.9 * a) * r.b(0.7, B, 1, 1, 1, 1) + 0.2 + r.u(B, N, 1, 1, 1, hi=0.3 * a)
     ).reshape(Fn, 1, 1, 1)
-    x = _blur(x, s)
+    smear = r.u(B, N, 1, 1, 1, hi=2.2 * a) * r.b(0.5, B, N, 1, 1, 1) * r.b(0.25, B, 1, 1, 1, 1)  # motion blur of some frames
+    sideways = r.b(0.5, B, N, 1, 1, 1).float()
+    x = _blur(x, [(s * s + (smear * k).reshape(Fn, 1, 1, 1) ** 2).sqrt() for k in (sideways, 1 - sideways)])
     x = x + (r.lu(B, 1, 1, 1, 1, lo=0.002, hi=0.002 + 0.04 * a).expand(B, N, 1, 1, 1).reshape(Fn, 1, 1, 1)) * r.n(
         Fn, 3, H, W
     )

@@ -14,6 +14,7 @@ from speed3r_ros.training.textures import Rng, _color
 BASIC_MOTIONS = ("forward", "lateral", "orbit", "handheld", "rotation", "general")
 MOTIONS = (*BASIC_MOTIONS, "still", "stopgo", "wide", "spin")
 BASE_OF = (0, 1, 2, 3, 4, 5, 3, 5, 5, 4)  # the basic motion that each motion starts from
+ODDS = (12, 12, 12, 12, 10, 14, 4, 6, 6, 12)  # how often each motion is drawn
 
 
 def eul(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
@@ -42,8 +43,12 @@ def sample_cameras(
     """
     dev = r.d
     deg = math.pi / 180
-    count = len(BASIC_MOTIONS if basic else MOTIONS)
-    kind = r.i(count, B) if motion is None else torch.full((B,), motion, device=dev)
+    if motion is not None:
+        kind = torch.full((B,), motion, device=dev)
+    elif basic:
+        kind = r.i(len(BASIC_MOTIONS), B)
+    else:
+        kind = r.choice(ODDS, B)
     mt = torch.tensor(BASE_OF, device=dev)[kind]
     is_ = [(mt == k).float().view(B, 1) for k in range(len(BASIC_MOTIONS))]
     tt = torch.linspace(0, 1, N, device=dev).view(1, N) + (r.u(B, N) - 0.5) * (0.8 / max(N - 1, 1)) * r.b(0.5, B, 1)
@@ -96,7 +101,10 @@ def sample_cameras(
     t = t * (1 - o) + tor * o
     dR = eul(yaw, pitch, roll)
     R = torch.where(o.unsqueeze(-1) > 0, Ro @ eul(0.25 * yaw, 0.25 * pitch, 0.25 * roll), R0 @ dR)
-    fov = r.u(B, lo=38, hi=92) * deg
+    fov = r.u(B, lo=38, hi=92)
+    if not basic:  # half of them as cameras on robots are: without motion, the network then guesses a usual lens
+        fov = torch.where(r.b(0.5, B), (64 + 8 * r.n(B)).clamp(45, 95), fov)
+    fov = fov * deg
     fx = W / 2 / torch.tan(fov / 2)
     fy = fx * (1 + 0.01 * r.n(B))
     K = torch.stack(
@@ -113,7 +121,8 @@ def special_motions(r: Rng, R: Tensor, t: Tensor, kind: Tensor) -> tuple[Tensor,
     """Turn basic paths R (B, N, 3, 3), t (B, N, 3) into the special motions of `kind` (B,); others stay, some slowed down.
 
     still: one pose for all frames, up to 2 mm and 0.1 degrees of jitter. stopgo: frames repeat poses of the path.
-    wide: unordered views of a common target, tens of degrees and up to a scene depth apart. spin: no translation at all.
+    wide: unordered views of a common target, tens of degrees and up to a scene depth apart. spin: a large turn, half of
+    them on the spot and half while moving.
     """
     B, N = t.shape[:2]
     dev, deg = r.d, math.pi / 180
@@ -134,7 +143,8 @@ def special_motions(r: Rng, R: Tensor, t: Tensor, kind: Tensor) -> tuple[Tensor,
     )
     angle = angle * pace[..., None]
     angle[..., 1] = angle[..., 1] + total * torch.linspace(0, 1, N, device=dev)
-    t = t[:, :1] + (t - t[:, :1]) * pace[..., None] * (kind != 9)[:, None, None]
+    travel = r.lu(B, 1, 1, lo=1.0, hi=30.0) * r.b(0.5, B, 1, 1)  # of a spin; its base hardly moves
+    t = t[:, :1] + (t - t[:, :1]) * torch.where((kind == 9)[:, None, None], travel, pace[..., None])
 
     # jitter of a camera that is held still
     hand = ((kind == 6) | (kind == 7))[:, None, None] & r.b(0.7, B, 1, 1)
@@ -193,6 +203,12 @@ def sample_scene(
     tmin, tmax = t.amin(1), t.amax(1)
     big = 1 + r.b(0.3, B, 1).float() * r.lu(B, 1, lo=0.5, hi=5.0)
     asym = r.lu(B, 6, lo=0.7, hi=5.0)
+    if not basic:  # corridors: close walls on one horizontal axis, a far end on the other
+        along, far = r.i(2, B, 1) * 2, r.lu(B, 6, lo=1.0, hi=6.0)
+        across = torch.arange(6, device=dev) % 3 == 2 - along
+        stretched = torch.where(torch.arange(6, device=dev) % 3 == along, asym * far, asym)
+        corridor = torch.where(across, 0.5 + 0.2 * asym, stretched)
+        asym = torch.where(r.b(0.2, B, 1), corridor, asym)
     lo = tmin - 0.35 - asym[:, :3] * big
     hi = tmax + 0.35 + asym[:, 3:] * big
     hi[:, 1] = tmax[:, 1] + r.u(B, lo=0.4, hi=1.9) * big[:, 0].sqrt()  # floor (y down)

@@ -38,6 +38,9 @@ class Rng:
     def b(self, p, *s):
         return torch.rand(s, generator=self.g, device=self.d) < p
 
+    def choice(self, odds, n):
+        return torch.multinomial(torch.tensor(odds, dtype=torch.float32, device=self.d), n, True, generator=self.g)
+
     def sgn(self, *s):
         return self.b(0.5, *s).float() * 2 - 1
 
