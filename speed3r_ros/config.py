@@ -63,6 +63,16 @@ class TfConfig:
 
 
 @dataclass(frozen=True)
+class OdometryConfig:
+    """Refinement of poses by tracked image features."""
+
+    features: int = setting(
+        300, "image features tracked at most; 0 = the network's poses as they are", low=0, high=10000
+    )
+    window: int = setting(7, "keyframes that are adjusted together", low=4, high=30)
+
+
+@dataclass(frozen=True)
 class DepthConfig:
     """Depth images."""
 
@@ -133,6 +143,7 @@ class Config:
     input: InputConfig = _group(InputConfig)
     frames: FramesConfig = _group(FramesConfig)
     tf: TfConfig = _group(TfConfig)
+    odometry: OdometryConfig = _group(OdometryConfig)
     depth: DepthConfig = _group(DepthConfig)
     points: PointsConfig = _group(PointsConfig)
     map: MapConfig = _group(MapConfig)

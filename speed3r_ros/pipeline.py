@@ -9,6 +9,7 @@ from enum import Enum
 import numpy as np
 
 from speed3r_ros.config import Config, InputConfig
+from speed3r_ros.mapping.odometry import Odometry
 from speed3r_ros.mapping.point_map import PointMap
 from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.engine import Engine
@@ -42,7 +43,7 @@ def step_in_time(last_ns: int | None, stamp_ns: int, rules: InputConfig) -> Step
 
 
 class Pipeline:
-    """Engine, scale, trajectory and map.
+    """Engine, odometry, scale, trajectory and map.
 
     Poses are camera-to-world, OpenCV axes; world is the optical frame of the first tracked frame since `reset`.
     One thread computes (`process`, `restart`, `reset`); any thread may read `point_map` and call `recorded`.
@@ -51,6 +52,8 @@ class Pipeline:
     def __init__(self, config: Config | None = None, engine: Engine | None = None) -> None:
         self.config = config or Config()
         self.engine = engine or Engine(self.config.engine)
+        features, window = self.config.odometry.features, self.config.odometry.window
+        self.odometry = Odometry(features, window) if features else None
         self.trajectory = Trajectory(LONGEST)
         self.point_map = PointMap(self.config.map.voxel, self.config.map.max_points)
         self.map_version = 0  # grows whenever the map changes
@@ -63,6 +66,8 @@ class Pipeline:
         estimate = self.engine.push(frame)
         if estimate.T_world_cam is None:
             return estimate
+        if self.odometry:
+            estimate = self.odometry.refine(frame.image, estimate, frame.K is not None)
         factor = self.config.scale.factor
         T = estimate.T_world_cam.copy()
         T[:3, 3] *= factor
@@ -79,17 +84,22 @@ class Pipeline:
 
     def restart(self) -> None:
         """Forget what the engine has seen, but go on from the last pose: trajectory and map stay."""
-        self.engine.reset()
+        self._forget()
         self._origin = self._last
 
     def reset(self) -> None:
         """Start anew: trajectory and map are cleared, and the next frame defines the world."""
-        self.engine.reset()
+        self._forget()
         with self._lock:
             self.trajectory.clear()
         self.point_map.clear()
         self.map_version += 1
         self._origin = self._last = np.eye(4)
+
+    def _forget(self) -> None:
+        self.engine.reset()
+        if self.odometry:
+            self.odometry.reset()
 
     def recorded(self) -> Trajectory:
         """A copy of the trajectory, which may be written while tracking goes on."""

@@ -39,8 +39,8 @@ def _blur(x, s):
     return x
 
 
-def augment(rgb: Tensor, B: int, N: int, r: Rng, strength: float = 1.0) -> Tensor:
-    """linear radiance (B*N,3,H,W) -> display image in [0,1]"""
+def augment(rgb: Tensor, B: int, N: int, r: Rng, strength: float = 1.0, motion_blur: bool = True) -> Tensor:
+    """linear radiance (B*N,3,H,W) -> display image in [0,1]; motion_blur: of single frames in a quarter of the sequences"""
     Fn, _, H, W = rgb.shape
     dev = rgb.device
     a = strength
@@ -63,9 +63,12 @@ def augment(rgb: Tensor, B: int, N: int, r: Rng, strength: float = 1.0) -> Tenso
     s = (
         r.u(B, 1, 1, 1, 1, lo=0.25, hi=0.25 + 0.9 * a) * r.b(0.7, B, 1, 1, 1, 1) + 0.2 + r.u(B, N, 1, 1, 1, hi=0.3 * a)
     ).reshape(Fn, 1, 1, 1)
-    smear = r.u(B, N, 1, 1, 1, hi=2.2 * a) * r.b(0.5, B, N, 1, 1, 1) * r.b(0.25, B, 1, 1, 1, 1)  # motion blur of some frames
-    sideways = r.b(0.5, B, N, 1, 1, 1).float()
-    x = _blur(x, [(s * s + (smear * k).reshape(Fn, 1, 1, 1) ** 2).sqrt() for k in (sideways, 1 - sideways)])
+    sigmas = [s, s]
+    if motion_blur:
+        smear = r.u(B, N, 1, 1, 1, hi=2.2 * a) * r.b(0.5, B, N, 1, 1, 1) * r.b(0.25, B, 1, 1, 1, 1)
+        sideways = r.b(0.5, B, N, 1, 1, 1).float()
+        sigmas = [(s**2 + (smear * k).reshape(Fn, 1, 1, 1) ** 2).sqrt() for k in (sideways, 1 - sideways)]
+    x = _blur(x, sigmas)
     x = x + (r.lu(B, 1, 1, 1, 1, lo=0.002, hi=0.002 + 0.04 * a).expand(B, N, 1, 1, 1).reshape(Fn, 1, 1, 1)) * r.n(
         Fn, 3, H, W
     )

@@ -14,7 +14,7 @@ from speed3r_ros.training.textures import Rng, TextureBank
 class SceneDataset:
     """Endless random sequences.
 
-    basic=True restricts it to the six basic motions, square pixels and ordinary speeds, on which held-out results are
+    basic=True restricts it to the six basic motions, square pixels, ordinary speeds and sharp images, on which held-out results are
     quoted. samples: shading samples per pixel. held_out draws from textures and photographs never trained on.
     """
 
@@ -65,7 +65,7 @@ class SceneDataset:
         code = None if motion is None else MOTIONS.index(motion)
         scene = sample_scene(self.random, sequences, views, self.height, self.width, self.textures.n, code, self.basic)
         rgb, depth = self.cast(scene, self.textures.data, self.height, self.width, self.samples)
-        image = augment(rgb, sequences, views, self.random)
+        image = augment(rgb, sequences, views, self.random, motion_blur=not self.basic)
         depth = depth.unflatten(0, (sequences, views))
         scale = depth.mean((1, 2, 3)).view(-1, 1, 1)
         return dict(

@@ -1,0 +1,329 @@
+"""Poses refined by tracked image features: the network says how deep, the features say where.
+
+A network's poses are right to about its patches; tracked corners are right to a fraction of a pixel. So corners get
+their first depth from the network, are tracked from frame to frame, and give every frame's pose; a bundle adjustment of
+the last keyframes then frees them from the network's errors of depth, of scale between frames and, for cameras that are
+not calibrated, of focal length. Where features fail (blur, darkness, no texture, a jump), matched keypoints help once,
+and then the network's motion stands alone until features return. Tracking by features with geometry from a multi-view
+network: HyVGGT-VO, ScaRF-SLAM (2026).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+
+from speed3r_ros.mapping.bundle import Observations, Scene, adjust, focal_information
+from speed3r_ros.mapping.geometry import inverse, rotation_angle
+from speed3r_ros.model.engine import resize_intrinsics
+from speed3r_ros.model.types import Estimate
+
+WIDTH = 640  # pixels of the longer side at most: more costs time and gains little
+REACH = 3.0  # pixels of reprojection error that a landmark may have
+YOUNG = 3.0  # times that, while its depth is still the network's
+LEAST = 12  # landmarks that determine a pose
+AGREE = 0.4  # share of tracked landmarks that must agree with a pose
+SPACING = 10  # pixels between corners
+QUALITY = 0.003  # of a corner, relative to the best of the image
+TRUSTED = 0.02  # confidence above which the network's depth may start a landmark; the adjustment sees to the rest
+TURNOVER = 0.7  # a keyframe is due when fewer of the last one's landmarks are left
+FLOW = 25.0  # ... or when they have moved by more pixels than this
+PATIENCE = 10  # ... or after as many frames
+SIGMA_DEPTH = 4.0  # of the logarithm of the network's depth: a start, not a measurement
+FOCAL_NETWORK = 0.3  # sigma of the logarithm of the network's focal length, on real images
+FOCAL_USUAL = 0.2  # sigma of the same of cameras on robots and in phones, about a field of view of
+USUAL_FOV = math.radians(65.0)
+FOCAL_TURN = math.radians(15.0)  # turn within a window that shows the focal length; shifts alone hardly do
+FOCAL_SHARE = 0.02  # of a window's information on the focal length that is new: windows overlap
+FOCAL_FLOOR = 0.01  # sigma below which the focal length is not believed to be known
+FIXED = 3  # oldest keyframes of the window that an adjustment does not move
+RECENT = 3  # keyframes that keypoints are matched with
+KEYPOINTS = 800
+DISTINCT = 0.8  # Lowe's ratio
+
+TRACKER = dict(winSize=(17, 17), maxLevel=4, criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 0.03))
+
+
+@dataclass
+class View:
+    """A grey image with the network's depth, and what is known of its camera."""
+
+    number: int
+    grey: np.ndarray  # (H, W) uint8
+    estimate: Estimate
+    calibrated: bool
+    K: np.ndarray  # (3, 3), of `grey`
+    T_world_cam: np.ndarray
+    scale: float = 1.0  # of the estimate's depth
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # landmarks seen, ascending
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    keypoints: tuple[np.ndarray, np.ndarray] | None = None
+
+    def network_depth(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Unscaled depth (M,) and confidence (M,) of the network at pixels (M, 2) of `grey`."""
+        (height, width), (h, w) = self.grey.shape, self.estimate.depth.shape
+        x, y = ((pixels + 0.5) * [w / width, h / height] - 0.5).round().astype(int).T.clip(0, [[w - 1], [h - 1]])
+        return self.estimate.depth[y, x].astype(np.float64), self.estimate.confidence[y, x]
+
+    def unproject(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """World points (M, 3) of pixels (M, 2) at the network's depth, and which of them can be trusted."""
+        depth, confidence = self.network_depth(pixels)
+        ray = (pixels - self.K[:2, 2]) / [self.K[0, 0], self.K[1, 1]]
+        camera = np.concatenate([ray, np.ones((len(ray), 1))], 1) * (depth * self.scale)[:, None]
+        trusted = (confidence >= TRUSTED) & np.isfinite(depth) & (depth > 0)
+        return camera @ self.T_world_cam[:3, :3].T + self.T_world_cam[:3, 3], trusted
+
+    def observe(self, ids: np.ndarray, pixels: np.ndarray) -> None:
+        """Add landmarks that this view sees."""
+        self.ids, self.pixels = np.concatenate([self.ids, ids]), np.concatenate([self.pixels, pixels])
+        order = np.argsort(self.ids)
+        self.ids, self.pixels = self.ids[order], self.pixels[order]
+
+    def forget(self, ids: np.ndarray) -> None:
+        """Remove landmarks."""
+        left = ~np.isin(self.ids, ids)
+        self.ids, self.pixels = self.ids[left], self.pixels[left]
+
+
+class Odometry:
+    """Refines the estimates of one camera's stream, in bounded memory. Deterministic.
+
+    features: landmarks tracked at most. window: keyframes that are adjusted together.
+    """
+
+    def __init__(self, features: int = 300, window: int = 7) -> None:
+        self.features, self.window = features, window
+        self._sift = cv2.SIFT_create(KEYPOINTS)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the past: the next estimate's pose is taken as it is."""
+        self._ids = np.zeros(0, np.int64)  # landmarks, ascending
+        self._points = np.zeros((0, 3))  # ... in the world
+        self._next_id = 0
+        self._keyframes: list[View] = []
+        self._keyframe_count = 0
+        self._last: View | None = None
+        self._number = 0
+        self._scale = 1.0
+        self._K: np.ndarray | None = None  # of an uncalibrated camera, at the size of the grey images
+        self._focal_information = FOCAL_NETWORK**-2 + FOCAL_USUAL**-2
+        self.tracked = 0  # landmarks that agreed with the last pose
+
+    def refine(self, image: np.ndarray, estimate: Estimate, calibrated: bool) -> Estimate:
+        """The estimate of rectified image (H, W, 3) uint8 RGB with a better pose, K when not calibrated, and depth in the
+        scale of the past. An estimate without a pose is returned as it is."""
+        if estimate.T_world_cam is None:
+            return estimate
+        view = self._look(image, estimate, calibrated)
+        last = self._last
+        if last is not None:
+            view.T_world_cam = self._by_network(last, view)
+            if last.grey.shape != view.grey.shape or last.calibrated != calibrated:  # another camera, so to speak
+                self.reset()
+                last = None
+        if last is None:
+            self._K = view.K
+            self._add_keyframe(view)
+        elif self._track(last, view):
+            if self._is_due(view):
+                self._add_keyframe(view)
+        else:
+            self.tracked = self._match(view)
+            self._add_keyframe(view)
+        self._last = view
+        self._number += 1
+        h, w = estimate.depth.shape
+        return replace(
+            estimate,
+            T_world_cam=view.T_world_cam,
+            depth=estimate.depth * np.float32(self._scale),
+            K=estimate.K if calibrated else resize_intrinsics(view.K, view.grey.shape, (h, w)),
+            pose_sigma=estimate.pose_sigma * [self._scale, 1.0],
+        )
+
+    def _look(self, image: np.ndarray, estimate: Estimate, calibrated: bool) -> View:
+        shrink = min(1.0, WIDTH / max(image.shape[:2]))
+        if shrink < 1:
+            image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        K = resize_intrinsics(estimate.K, estimate.depth.shape, grey.shape)
+        if not calibrated:
+            K = self._likely(K, grey.shape[1]) if self._K is None else self._K
+        return View(self._number, grey, estimate, calibrated, K, estimate.T_world_cam, self._scale)
+
+    @staticmethod
+    def _likely(K: np.ndarray, width: int) -> np.ndarray:
+        """The network's K, drawn towards the focal length of usual lenses."""
+        usual = width / 2 / math.tan(USUAL_FOV / 2) / K[0, 0]
+        factor = usual ** (FOCAL_USUAL**-2 / (FOCAL_NETWORK**-2 + FOCAL_USUAL**-2))
+        return K * np.array([[factor, 1, 1], [1, factor, 1], [1, 1, 1]])
+
+    def _by_network(self, last: View, view: View) -> np.ndarray:
+        """The pose that continues the last one by the network's motion."""
+        motion = inverse(last.estimate.T_world_cam) @ view.estimate.T_world_cam
+        motion[:3, 3] *= self._scale
+        return last.T_world_cam @ motion
+
+    def _points_of(self, ids: np.ndarray) -> np.ndarray:
+        return self._points[np.searchsorted(self._ids, ids)]
+
+    def _track(self, last: View, view: View) -> bool:
+        """Follow the last view's landmarks into this one and solve its pose; False when that fails."""
+        if len(last.ids) < LEAST:
+            return False
+        pixels, found, _ = cv2.calcOpticalFlowPyrLK(last.grey, view.grey, last.pixels, None, **TRACKER)
+        back, found_back, _ = cv2.calcOpticalFlowPyrLK(view.grey, last.grey, pixels, None, **TRACKER)
+        height, width = view.grey.shape
+        good = (found[:, 0] > 0) & (found_back[:, 0] > 0) & (np.abs(back - last.pixels).max(1) < 0.7)
+        good &= (pixels >= 2).all(1) & (pixels < [width - 3, height - 3]).all(1)
+        ids, pixels = last.ids[good], pixels[good]
+        # corners that no second keyframe has confirmed may be at a wrong depth, and are yet good corners
+        confirmed = np.isin(ids, np.concatenate([k.ids for k in self._keyframes[:-1]] or [ids[:0]]))
+        solved = solve_pose(self._points_of(ids), pixels, view.K, np.where(confirmed, REACH, YOUNG * REACH))
+        if solved is None or solved[1].sum() < AGREE * len(ids):
+            return False
+        view.T_world_cam, agree = solved
+        self.tracked = int(agree.sum())
+        view.observe(ids[agree], pixels[agree])
+        return True
+
+    def _match(self, view: View) -> int:
+        """Find recent keyframes' keypoints in the view and solve its pose by them: how many agree, 0 when that fails."""
+        pixels, descriptors = self._keypoints(view)
+        for keyframe in self._keyframes[: -RECENT - 1 : -1]:
+            theirs, their_descriptors = self._keypoints(keyframe)
+            if min(len(pixels), len(theirs)) < LEAST:
+                continue
+            pairs = cv2.BFMatcher().knnMatch(descriptors, their_descriptors, k=2)
+            pairs = [p[0] for p in pairs if len(p) == 2 and p[0].distance < DISTINCT * p[1].distance]
+            mine = pixels[[p.queryIdx for p in pairs]]
+            theirs = theirs[[p.trainIdx for p in pairs]]
+            points, trusted = keyframe.unproject(theirs)
+            solved = solve_pose(points[trusted], mine[trusted], view.K, np.full(trusted.sum(), YOUNG * REACH))
+            if solved is None:
+                continue
+            view.T_world_cam, agree = solved
+            ids = self._new_landmarks(points[trusted][agree])
+            keyframe.observe(ids, theirs[trusted][agree])
+            view.observe(ids, mine[trusted][agree])
+            return len(ids)
+        return 0
+
+    def _keypoints(self, view: View) -> tuple[np.ndarray, np.ndarray]:
+        if view.keypoints is None:
+            found, descriptors = self._sift.detectAndCompute(view.grey, None)
+            pixels = np.array([p.pt for p in found], np.float32).reshape(-1, 2)
+            view.keypoints = pixels, np.zeros((0, 128), np.float32) if descriptors is None else descriptors
+        return view.keypoints
+
+    def _new_landmarks(self, points: np.ndarray) -> np.ndarray:
+        ids = np.arange(self._next_id, self._next_id + len(points))
+        self._next_id += len(points)
+        self._ids, self._points = np.concatenate([self._ids, ids]), np.concatenate([self._points, points])
+        return ids
+
+    def _is_due(self, view: View) -> bool:
+        last = self._keyframes[-1]
+        _, mine, theirs = np.intersect1d(view.ids, last.ids, assume_unique=True, return_indices=True)
+        if len(mine) < TURNOVER * len(last.ids) or view.number - last.number >= PATIENCE:
+            return True
+        return bool(np.median(np.linalg.norm(view.pixels[mine] - last.pixels[theirs], axis=1)) > FLOW)
+
+    def _add_keyframe(self, view: View) -> None:
+        self._keyframes.append(view)
+        self._keyframe_count += 1
+        self._adjust(view.calibrated)
+        self._rescale(view)
+        free = self.features - len(view.ids)
+        if free > 0:
+            mask = np.full(view.grey.shape, 255, np.uint8)
+            for x, y in view.pixels.astype(int).tolist():
+                cv2.circle(mask, (x, y), SPACING, 0, -1)
+            corners = cv2.goodFeaturesToTrack(view.grey, free, QUALITY, SPACING, mask=mask, blockSize=5)
+            if corners is not None:
+                points, trusted = view.unproject(corners[:, 0])
+                view.observe(self._new_landmarks(points[trusted]), corners[trusted, 0])
+        if len(self._keyframes) > self.window:
+            self._keyframes.pop(0)
+        seen = np.unique(np.concatenate([k.ids for k in self._keyframes]))
+        self._points, self._ids = self._points_of(seen), seen
+
+    def _rescale(self, view: View) -> None:
+        """Bring the network's depth to the landmarks that the view shares with earlier keyframes."""
+        if len(view.ids) >= LEAST:
+            T_cam_world = inverse(view.T_world_cam)
+            z = self._points_of(view.ids) @ T_cam_world[2, :3] + T_cam_world[2, 3]
+            depth, confidence = view.network_depth(view.pixels)
+            usable = (z > 0) & (depth > 0) & (confidence >= TRUSTED)
+            if usable.sum() >= LEAST:
+                self._scale = float(np.median(z[usable] / depth[usable]))
+        view.scale = self._scale
+
+    def _adjust(self, calibrated: bool) -> None:
+        keyframes = self._keyframes
+        ids, counts = np.unique(np.concatenate([k.ids for k in keyframes]), return_counts=True)
+        ids = ids[counts > 1]
+        if len(ids) < LEAST:
+            return
+        which = [np.isin(k.ids, ids) for k in keyframes]
+        seen = Observations(
+            np.repeat(np.arange(len(keyframes)), [m.sum() for m in which]),
+            np.searchsorted(ids, np.concatenate([k.ids[m] for k, m in zip(keyframes, which)])),
+            np.concatenate([k.pixels[m] for k, m in zip(keyframes, which)]).astype(np.float64),
+            np.concatenate([k.network_depth(k.pixels[m])[0] for k, m in zip(keyframes, which)]),
+        )
+        starting = self._keyframe_count <= self.window
+        fixed = 1 if starting else FIXED
+        R = np.stack([k.T_world_cam[:3, :3] for k in keyframes])
+        calibrated = calibrated or rotation_angle(R[0].T @ R).max() < FOCAL_TURN
+        K, information = keyframes[-1].K, np.inf if calibrated else self._focal_information
+        scene = Scene(inverse(np.stack([k.T_world_cam for k in keyframes])), self._points_of(ids), K, information)
+        scene, error = adjust(scene, seen, fixed, SIGMA_DEPTH, anchored=starting)
+        self._points[np.searchsorted(self._ids, ids)] = scene.points
+        wrong = error > 2 * REACH
+        for i, (keyframe, T_world_cam) in enumerate(zip(keyframes, inverse(scene.T_cam_world))):
+            keyframe.T_world_cam = T_world_cam
+            keyframe.forget(ids[seen.point[wrong & (seen.view == i)]])
+        if not calibrated:
+            gained = FOCAL_SHARE * focal_information(scene, seen, fixed, SIGMA_DEPTH, starting)
+            self._focal_information = min(self._focal_information + gained, FOCAL_FLOOR**-2)
+            self._K = scene.K
+            for keyframe in keyframes:
+                keyframe.K = scene.K
+
+
+def solve_pose(
+    points: np.ndarray, pixels: np.ndarray, K: np.ndarray, reach: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Camera-to-world pose (4, 4) from points (N, 3) in the world seen at pixels (N, 2), and which of them (N,) agree within
+    reach (N,) pixels; None when fewer than LEAST do. RANSAC on minimal samples, then least squares on the inliers."""
+    if len(points) < LEAST:
+        return None
+    pixels = pixels.astype(np.float64)
+    cv2.setRNGSeed(0)
+    try:
+        found, r, t, _ = cv2.solvePnPRansac(
+            points, pixels, K, None, iterationsCount=150, reprojectionError=float(np.median(reach)),
+            confidence=0.999, flags=cv2.SOLVEPNP_AP3P,
+        )  # fmt: skip
+        if not found:
+            return None
+        for refine in (True, True, False):
+            R = cv2.Rodrigues(r)[0]
+            camera = points @ R.T + t.T
+            z = np.maximum(camera[:, 2:], 1e-9)
+            error = np.linalg.norm(camera[:, :2] / z * [K[0, 0], K[1, 1]] + K[:2, 2] - pixels, axis=1)
+            agree = (error < reach) & (camera[:, 2] > 0)
+            if agree.sum() < LEAST:
+                return None
+            if refine:
+                r, t = cv2.solvePnPRefineLM(points[agree], pixels[agree], K, None, r, t)
+    except cv2.error:  # degenerate points
+        return None
+    T = np.eye(4)
+    T[:3, :3], T[:3, 3] = R, t[:, 0]
+    return (inverse(T), agree) if np.isfinite(T).all() else None

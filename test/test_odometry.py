@@ -1,0 +1,150 @@
+"""Refinement by tracked features, on rendered sequences with exact truth and a network that is wrong on purpose."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from speed3r_ros.mapping.geometry import inverse, rotation_angle
+from speed3r_ros.mapping.odometry import Odometry
+from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error
+from speed3r_ros.model.types import Estimate, Tracking
+from speed3r_ros.training.render import SceneDataset
+
+FRAMES, SIZE = 16, (168, 224)
+
+
+@pytest.fixture(scope="module")
+def sequence():
+    """Images (T, H, W, 3), poses, depth and K of a fresh orbit that starts at the origin."""
+    dataset = SceneDataset("cpu", int(torch.randint(2**31, ())), *SIZE, samples=1, textures_per_family=1, basic=True)
+    while True:  # until every image has corners, the path moves, and the view is wide enough to tell turns from shifts
+        batch = dataset.batch(1, FRAMES, "orbit")
+        images = (batch["img"][0].permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
+        T = np.tile(np.eye(4), (FRAMES, 1, 1))
+        U, _, Vt = np.linalg.svd(batch["R"][0].double().numpy())
+        T[:, :3, :3], T[:, :3, 3] = U @ Vt, batch["t"][0].double().numpy()
+        T = inverse(T[0]) @ T
+        steps = np.linalg.norm(np.diff(T[:, :3, 3], axis=0), axis=1)
+        corners = [cv2.goodFeaturesToTrack(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), 200, 0.02, 6) for x in images]
+        wide = batch["K"][0, 0] < 0.75 * SIZE[1]
+        if min(0 if c is None else len(c) for c in corners) > 120 and 0.01 < steps.mean() < 0.1 and wide:
+            break
+    fx, fy, cx, cy, _ = batch["K"][0].double().numpy()
+    return images, T, batch["depth"][0].numpy(), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+
+
+def network(sequence, rng, noise=0.04, factor=1.0):
+    """Estimates with drifting poses, noisy depth in a unit that wavers from frame to frame, and a wrong focal length."""
+    images, T_true, depth, K = sequence
+    K = K * np.array([[factor, 1, 1], [1, factor, 1], [1, 1, 1]])
+    T, estimates = np.eye(4), []
+    for i in range(FRAMES):
+        if i:
+            step = inverse(T_true[i - 1]) @ T_true[i]
+            step[:3, 3] += noise * rng.normal(size=3)
+            T = T @ step
+        blotches = np.exp(0.1 * rng.normal(size=(3, 4))).repeat(56, 0).repeat(56, 1)
+        z = (depth[i] * blotches * np.exp(0.05 * rng.normal() * (i > 0))).astype(np.float32)
+        confidence = np.ones(SIZE, np.float32)
+        estimates.append(
+            Estimate(i, Tracking.TRACKING, T.copy(), z, confidence, K, images[i], pose_sigma=np.array([0.1, 0.1]))
+        )
+    return estimates
+
+
+def error(estimates, T_true):
+    trajectories = Trajectory(), Trajectory()
+    for i, T in enumerate(T_true):
+        trajectories[0].append(i, estimates[i].T_world_cam)
+        trajectories[1].append(i, T)
+    return absolute_trajectory_error(*trajectories).rmse
+
+
+def refined(sequence, estimates, calibrated=True):
+    odometry = Odometry()
+    return [odometry.refine(image, estimate, calibrated) for image, estimate in zip(sequence[0], estimates)]
+
+
+def test_better_than_the_network(sequence):
+    images, T_true, depth, _ = sequence
+    estimates = network(sequence, np.random.default_rng())
+    got = refined(sequence, estimates)
+    assert error(got, T_true) < 0.7 * error(estimates, T_true)
+    angle = rotation_angle(got[-1].T_world_cam[:3, :3].T @ T_true[-1, :3, :3])
+    assert angle < np.radians(5)
+    again = refined(sequence, estimates)
+    assert all((a.T_world_cam == b.T_world_cam).all() for a, b in zip(got, again))
+
+
+def test_depth_follows_the_scale_of_the_past(sequence):
+    images, T_true, depth, _ = sequence
+    estimates = network(sequence, np.random.default_rng(), noise=0.0)
+    half = [e if i < 8 else replace(e, depth=e.depth * np.float32(0.5)) for i, e in enumerate(estimates)]
+    got = refined(sequence, half)
+    ratio = [float(np.median(e.depth / z)) for e, z in zip(got, depth)]
+    assert ratio[-1] / ratio[0] == pytest.approx(1, abs=0.25)
+
+
+def test_focal_length(sequence):
+    """Stays sane where the motion hardly shows it (test_bundle has motions that do), and calibrated means calibrated."""
+    K = sequence[3]
+    estimates = network(sequence, np.random.default_rng(), factor=1.2)
+    got = refined(sequence, estimates, calibrated=False)
+    assert abs(got[-1].K[0, 0] / K[0, 0] - 1) < 0.3
+    assert got[-1].K[0, 0] / got[-1].K[1, 1] == pytest.approx(K[0, 0] / K[1, 1])
+    known = refined(sequence, network(sequence, np.random.default_rng()))
+    assert (known[-1].K == K).all()
+
+
+def test_network_alone_where_there_are_no_features(sequence):
+    rng = np.random.default_rng()
+    estimates = network(sequence, rng)
+    plain = [np.full((*SIZE, 3), 90 + i, np.uint8) for i in range(FRAMES)]
+    odometry = Odometry()
+    for image, estimate in zip(plain, estimates):
+        got = odometry.refine(image, estimate, True)
+        assert np.allclose(got.T_world_cam, estimate.T_world_cam, atol=1e-9)
+        assert (got.depth == estimate.depth).all() and odometry.tracked == 0
+
+
+def test_survives_a_cut_and_a_change_of_size(sequence):
+    """Unrelated images, another resolution, and intrinsics that appear: the network's motion bridges them."""
+    rng = np.random.default_rng()
+    images = sequence[0]
+    estimates = network(sequence, rng)
+    odometry, last = Odometry(), estimates[0]
+    for i, estimate in enumerate(estimates):
+        image = images[i]
+        if i == 6:
+            image = rng.integers(0, 255, image.shape, dtype=np.uint8)
+        if i >= 10:
+            image = image[::2, ::2]
+        got = odometry.refine(image, estimate, calibrated=i >= 13)
+        assert np.isfinite(got.T_world_cam).all() and (got.depth > 0).all()
+        R = got.T_world_cam[:3, :3]
+        assert np.allclose(R @ R.T, np.eye(3), atol=1e-9)
+        if i == 10:
+            step = inverse(last.T_world_cam) @ got.T_world_cam
+            assert np.allclose(step[:3, :3], (inverse(estimates[9].T_world_cam) @ estimate.T_world_cam)[:3, :3])
+        last = got
+
+
+def test_lost_frames_pass_through(sequence):
+    odometry = Odometry()
+    lost = Estimate(0, Tracking.LOST, lost_reason="black frame")
+    assert odometry.refine(sequence[0][0], lost, True) is lost
+
+
+def test_memory_is_bounded(sequence):
+    odometry = Odometry(features=100, window=4)
+    estimates = network(sequence, np.random.default_rng())
+    there_and_back = [*range(FRAMES), *range(FRAMES - 2, 0, -1)]
+    sizes = []
+    for _ in range(6):
+        for i in there_and_back:
+            odometry.refine(sequence[0][i], estimates[i], True)
+        sizes.append((len(odometry._ids), len(odometry._keyframes)))
+    assert max(keyframes for _, keyframes in sizes) <= 4 and max(ids for ids, _ in sizes) <= 100 * 5
