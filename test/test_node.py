@@ -44,6 +44,8 @@ class Rig:
         self.log_path = tmp_path / "node.log"
         self.log = open(self.log_path, "w")
         module = [str(ROOT / "test" / "doubles.py")] if script else ["-m", "speed3r_ros.recon_node"]
+        if script:  # its motion is not that of its images
+            parameters = (*parameters, "odometry.features:=0")
         arguments = ["--ros-args"] + [x for p in parameters for x in ("-p", p)]
         self.process = subprocess.Popen(
             [sys.executable, *module, *arguments],

@@ -18,6 +18,7 @@ from rosbags.highlevel import AnyReader
 from speed3r_ros.camera import Camera
 from speed3r_ros.config import Config, load_yaml
 from speed3r_ros.convert import stamp_to_ns
+from speed3r_ros.mapping.odometry import Odometry
 from speed3r_ros.mapping.trajectory import read_tum
 from speed3r_ros.model import weights
 from speed3r_ros.model.config import EngineConfig
@@ -76,14 +77,15 @@ def speed3r(checkpoint):
 
 
 def expected_poses(folder, checkpoint, indices):
-    """Camera-to-world of an engine driven by hand on the same images."""
-    engine = Engine(EngineConfig(weights=str(checkpoint), threads=1))
+    """Camera-to-world of an engine and an odometry driven by hand on the same images."""
+    engine, odometry = Engine(EngineConfig(weights=str(checkpoint), threads=1)), Odometry()
     K = np.array([[110.0, 0, 63.0], [0, 111.0, 47.5], [0, 0, 1]])
     found = {}
     for index in indices:
         image = cv2.imread(str(folder / "rgb" / f"{index}.png"))[..., ::-1]
         stamp = START_NS + index * 100_000_000
-        estimate = engine.push(Frame(np.ascontiguousarray(image), stamp, K))
+        image = np.ascontiguousarray(image)
+        estimate = odometry.refine(image, engine.push(Frame(image, stamp, K)), True)
         if estimate.T_world_cam is not None:
             found[stamp] = estimate.T_world_cam
     return found
