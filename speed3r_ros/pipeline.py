@@ -46,7 +46,7 @@ class Pipeline:
     """Engine, odometry, scale, trajectory and map.
 
     Poses are camera-to-world, OpenCV axes; world is the optical frame of the first tracked frame since `reset`.
-    One thread computes (`process`, `restart`, `reset`); any thread may read `point_map` and call `recorded`.
+    One thread computes (`process`, `restart`, `reset`); any may `integrate`, read `point_map` and call `recorded`.
     """
 
     def __init__(self, config: Config | None = None, engine: Engine | None = None) -> None:
@@ -76,11 +76,15 @@ class Pipeline:
         estimate = replace(estimate, T_world_cam=T, depth=estimate.depth * np.float32(factor), pose_sigma=sigma)
         with self._lock:
             self.trajectory.append(frame.stamp_ns, T)
+        return estimate
+
+    def integrate(self, estimate: Estimate) -> None:
+        """Put the points of a keyframe into the map. Apart from `process`, so that its answer need not wait for this."""
         if estimate.is_keyframe:
+            T = estimate.T_world_cam
             points, colors, confidence = cloud(estimate, self.config, min_confidence=self.config.map.min_confidence)
             self.point_map.insert(points @ T[:3, :3].T + T[:3, 3], colors, confidence)
             self.map_version += 1
-        return estimate
 
     def restart(self) -> None:
         """Forget what the engine has seen, but go on from the last pose: trajectory and map stay."""
@@ -124,11 +128,14 @@ def cloud(
 
     With more than `most` > 0 of them, an even random subset.
     """
-    depth = valid_depth(estimate, config)
-    v, u = np.nonzero(np.isfinite(depth) & (estimate.confidence >= min_confidence))
-    if most and len(u) > most:
-        chosen = np.random.default_rng(0).choice(len(u), most, replace=False, shuffle=False)
-        v, u = v[chosen], u[chosen]
-    z, K = depth[v, u], estimate.K
-    points = np.stack([(u - K[0, 2]) / K[0, 0] * z, (v - K[1, 2]) / K[1, 1] * z, z], 1).astype(np.float32)
-    return points, estimate.image[v, u], estimate.confidence[v, u]
+    depth, K = valid_depth(estimate, config), estimate.K
+    index = np.flatnonzero(np.isfinite(depth) & (estimate.confidence >= min_confidence))
+    if most and len(index) > most:
+        index = index[np.random.default_rng(0).choice(len(index), most, replace=False, shuffle=False)]
+    height, width = depth.shape
+    points = np.empty((height, width, 3), np.float32)
+    points[..., 0] = depth * ((np.arange(width) - K[0, 2]) / K[0, 0]).astype(np.float32)
+    points[..., 1] = depth * ((np.arange(height) - K[1, 2]) / K[1, 1]).astype(np.float32)[:, None]
+    points[..., 2] = depth
+    chosen = (x.take(index, axis=0) for x in (points.reshape(-1, 3), estimate.image.reshape(-1, 3)))
+    return *chosen, estimate.confidence.take(index)

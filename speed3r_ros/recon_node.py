@@ -1,7 +1,7 @@
 """The ROS 2 node: images in, poses, TF, depth, confidence and points out.
 
 Threads that never wait for one another: the executor receives and answers, one computes (newest frame wins), one
-publishes each frame's messages, one the path and the map. Nothing is built for a topic without subscribers.
+publishes each frame's messages, one adds keyframes to the map, one publishes the path and the map. Nothing is built for a topic without subscribers.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 FOREIGN_PARAMETERS = ("use_sim_time", "start_type_description_service", "qos_overrides.")
 OTHER_CLOCK_NS = 5_000_000_000  # images stamped further than this from the node's clock follow another one
 SILENCE_NS = 1_000_000_000
+SWITCH_INTERVAL = 0.0005  # seconds that a computing thread may keep Python from the publishing one; 5 ms by default
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Answer:
     frame_id: str
     T_odom_base: np.ndarray
     twist: np.ndarray
+    epoch: int  # resets before it
 
 
 def descriptor(item: Any) -> ParameterDescriptor:
@@ -117,6 +119,8 @@ class ReconNode(Node):
         self.statistics = Statistics()
         self.paused = False
         self._lock = threading.Lock()  # one frame or one reset at a time
+        self._map_lock = threading.Lock()  # taken after `_lock`
+        self._epoch = 0  # number of resets
         self._path_lock = threading.Lock()
         self._world: WorldFrame | None = None
         self._camera = (None, None)  # calibration and the camera that it means
@@ -135,6 +139,7 @@ class ReconNode(Node):
         self.broadcaster = Broadcaster(self)
         self._create_outputs()
         self._publisher = Worker("publish", 16, self._publish, self._report)
+        self._mapper = Worker("map", 16, self._integrate, self._report)
         self._slow_publisher = Worker("publish slow", 2, lambda publish: publish(), self._report)
         self._computer = Worker("compute", 1, self._compute, self._report)
         self._create_inputs()
@@ -305,7 +310,7 @@ class ReconNode(Node):
             self._last_pose = stamp_ns, T
             with self._path_lock:
                 self._path.append(stamp_ns, T)
-        self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist))
+            self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist, self._epoch))
 
     def _continues(self, stamp_ns: int) -> bool:
         """Whether a frame with this stamp is to be used; a jump in time starts a new segment, or all anew."""
@@ -367,7 +372,8 @@ class ReconNode(Node):
     def _reset(self, why: str) -> None:
         self.get_logger().info(f"reset: {why}")
         self._computer.mailbox.clear()
-        with self._lock:
+        with self._lock, self._map_lock:
+            self._epoch += 1
             self.pipeline.reset()
             with self._path_lock:
                 self._path.clear()
@@ -413,6 +419,13 @@ class ReconNode(Node):
         if self.points_pub.get_subscription_count():
             points, colors, _ = cloud(estimate, config, config.points.max)
             self.points_pub.publish(convert.points_message(points, colors, stamp, answer.frame_id))
+        if estimate.is_keyframe:
+            self._mapper.mailbox.put(answer)
+
+    def _integrate(self, answer: Answer) -> None:
+        with self._map_lock:
+            if answer.epoch == self._epoch:
+                self.pipeline.integrate(answer.estimate)
 
     def _publish_path(self) -> None:
         with self._path_lock:
@@ -488,13 +501,14 @@ class ReconNode(Node):
 
     def stop(self) -> None:
         """End the threads; call before destroy_node."""
-        for worker in (self._computer, self._publisher, self._slow_publisher):
+        for worker in (self._computer, self._publisher, self._mapper, self._slow_publisher):
             worker.stop()
 
 
 def main(args: list[str] | None = None, engine: Engine | None = None) -> int:
     """Run the node until it is interrupted. Returns the exit code: 0, or 1 after one line when it cannot start."""
     rclpy.init(args=args)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     node = None
     try:
         node = ReconNode(engine)

@@ -143,6 +143,7 @@ class Run:
         if estimate.tracking is Tracking.LOST:
             self._lost[re.sub(r" \(.*?\)", "", estimate.lost_reason)] += 1  # without the numbers of the single frame
             return None
+        self._pipeline.integrate(estimate)
         self.results.trajectory.append(stamp_ns, estimate.T_world_cam)
         self._times.append(time.monotonic())
         self._latencies.append(self._times[-1] - started)
