@@ -18,8 +18,7 @@ import numpy as np
 
 from speed3r_ros.mapping.bundle import Observations, Scene, adjust, focal_information
 from speed3r_ros.mapping.geometry import inverse, rotation_angle
-from speed3r_ros.model.engine import resize_intrinsics
-from speed3r_ros.model.types import Estimate
+from speed3r_ros.model.types import Estimate, resize_intrinsics
 
 WIDTH = 640  # pixels of the longer side at most: more costs time and gains little
 REACH = 3.0  # pixels of reprojection error that a landmark may have
@@ -118,15 +117,15 @@ class Odometry:
         scale of the past. An estimate without a pose is returned as it is."""
         if estimate.T_world_cam is None:
             return estimate
-        view = self._look(image, estimate, calibrated)
-        last = self._last
+        view, last = self._look(image, estimate, calibrated), self._last
         if last is not None:
             view.T_world_cam = self._by_network(last, view)
             if last.grey.shape != view.grey.shape or last.calibrated != calibrated:  # another camera, so to speak
                 self.reset()
-                last = None
+                self._scale, last = view.scale, None
+        if not calibrated:
+            self._K = view.K = self._likely(view) if last is None else self._K
         if last is None:
-            self._K = view.K
             self._add_keyframe(view)
         elif self._track(last, view):
             if self._is_due(view):
@@ -151,16 +150,14 @@ class Odometry:
             image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         K = resize_intrinsics(estimate.K, estimate.depth.shape, grey.shape)
-        if not calibrated:
-            K = self._likely(K, grey.shape[1]) if self._K is None else self._K
         return View(self._number, grey, estimate, calibrated, K, estimate.T_world_cam, self._scale)
 
     @staticmethod
-    def _likely(K: np.ndarray, width: int) -> np.ndarray:
+    def _likely(view: View) -> np.ndarray:
         """The network's K, drawn towards the focal length of usual lenses."""
-        usual = width / 2 / math.tan(USUAL_FOV / 2) / K[0, 0]
+        usual = view.grey.shape[1] / 2 / math.tan(USUAL_FOV / 2) / view.K[0, 0]
         factor = usual ** (FOCAL_USUAL**-2 / (FOCAL_NETWORK**-2 + FOCAL_USUAL**-2))
-        return K * np.array([[factor, 1, 1], [1, factor, 1], [1, 1, 1]])
+        return view.K * np.array([[factor, 1, 1], [1, factor, 1], [1, 1, 1]])
 
     def _by_network(self, last: View, view: View) -> np.ndarray:
         """The pose that continues the last one by the network's motion."""

@@ -22,7 +22,7 @@ from speed3r_ros.model.config import EngineConfig, check
 from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Network, Prediction
-from speed3r_ros.model.types import Estimate, Frame, Tracking
+from speed3r_ros.model.types import Estimate, Frame, Tracking, resize_intrinsics
 
 HANDOVER = 3  # keyframes shared by consecutive segments
 SMALLEST_SIDE = 32  # pixels
@@ -65,13 +65,6 @@ def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
         else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
     return device, torch.bfloat16 if fast else torch.float32
-
-
-def resize_intrinsics(K: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
-    """Intrinsics of an image (h, w) after resizing it to (h', w'); pixel centres at integers."""
-    sy, sx = new_size[0] / size[0], new_size[1] / size[1]
-    A = np.array([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]])
-    return A @ K
 
 
 def ray_map(K: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The two types that cross the engine's boundary: `Frame` goes in, `Estimate` comes out. No ROS, no torch."""
+"""The types that cross the engine's boundary: `Frame` goes in, `Estimate` comes out. No ROS, no torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ class Frame:
     image: np.ndarray
     stamp_ns: int
     K: np.ndarray | None = None
+
+
+def resize_intrinsics(K: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
+    """Intrinsics of an image (h, w) after resizing it to (h', w'); pixel centres at integers."""
+    sy, sx = new_size[0] / size[0], new_size[1] / size[1]
+    A = np.array([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]])
+    return A @ K
 
 
 class Tracking(Enum):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from speed3r_ros.model.config import EngineConfig
-from speed3r_ros.model.engine import Engine, resize_intrinsics, unusable
-from speed3r_ros.model.types import Estimate, Frame, Tracking
+from speed3r_ros.model.engine import Engine, unusable
+from speed3r_ros.model.types import Estimate, Frame, Tracking, resize_intrinsics
 
 SIZE = (24, 32)
 STEP = np.array([0.01, 0.0, 0.1])  # metres per frame along x (right) and z (forward) of the camera

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from speed3r_ros.model.config import EngineConfig, check
-from speed3r_ros.model.engine import Engine, resize_intrinsics, solve_intrinsics
+from speed3r_ros.model.engine import Engine, solve_intrinsics
 from speed3r_ros.model.network import Network, NetworkConfig, Prediction
-from speed3r_ros.model.types import Frame, Tracking
+from speed3r_ros.model.types import Frame, Tracking, resize_intrinsics
 
 SIZE = NetworkConfig(
     height=56, width=112, channels=32, head_width=16, encoder_blocks=1, alternating_blocks=1, stem=4, decoder=2

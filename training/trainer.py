@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node 4 -m speed3r_ros.training.trainer --out runs/dense --minutes 14.5 \\
         --attention dense --bidirectional --compile
-    torchrun --standalone --nproc_per_node 4 -m speed3r_ros.training.trainer --out runs/compact --minutes 10 \\
-        --init runs/dense/weights --lr 5e-4 --compile
+    torchrun --standalone --nproc_per_node 4 -m speed3r_ros.training.trainer --out runs/compact --minutes 22 \\
+        --init runs/dense/weights --lr 6e-4 --ema 0.999 --compile
 
 The first stage is dense and bidirectional; the second is sparse and causal, under exactly the incremental visibility that
 the model is deployed with. From scratch, the second alone does not learn to match views (docs/benchmarks.md).
