@@ -1,9 +1,10 @@
-"""Streaming monocular 3D reconstruction for ROS 2."""
+"""Streaming monocular 3D reconstruction for ROS 2: camera frames in; poses, depth and point clouds out."""
 
 import os
 
-# OpenMP's threads spin while they wait for one another. On a machine whose cores are all busy, as a robot's are, that
-# makes a network's step tens of times slower; with a short spin it is as fast alone, and bears company. Read when torch
-# is first imported.
+__version__ = "0.1.0"
+
+# OpenMP's threads spin while they wait for one another. Where all cores are busy, as on a robot, that makes a network's
+# step tens of times slower (docs/benchmarks.md); a short spin costs nothing. Read when torch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
