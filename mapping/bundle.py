@@ -1,7 +1,6 @@
 """Bundle adjustment of a few views: poses, points and, when it is unknown, the focal length.
 
-Residuals are reprojections and the logarithm of a depth that was measured up to one unknown scale per view, as a
-monocular network's is. Levenberg-Marquardt on the Schur complement of the points (Triggs et al., 2000), dense in the
+Residuals are reprojections and the logarithm of a measured depth, such as a monocular network's. Levenberg-Marquardt on the Schur complement of the points (Triggs et al., 2000), dense in the
 poses, which are few; Huber's weights. A general solver (scipy's least_squares with a sparsity pattern) takes 0.3 s for
 what takes 15 ms here, at every keyframe.
 """
@@ -13,6 +12,8 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
+from speed3r_ros.mapping.geometry import inverse
+
 ROBUST_PIXELS = 1.5  # Huber's threshold; tracked corners are right to a fraction of a pixel
 ROBUST_DEPTH = 1.0  # the same for depth, in its sigmas
 NEAREST = 1e-3  # of a depth, in the unit of the world
@@ -21,8 +22,8 @@ LARGEST_STEP = 0.2  # of the logarithm of the focal length
 
 @dataclass(frozen=True)
 class Observations:
-    """What was seen: view (O,) and point (O,) indices, pixel (O, 2), and the depth (O,) that the view measured there along
-    its optical axis, up to a scale of the view; NaN where it measured none. A view sees a point once at most."""
+    """What was seen: view (O,) and point (O,) indices, pixel (O, 2), and the depth (O,) that was measured there along the
+    optical axis, in the unit of the world; NaN where none was. A view sees a point once at most."""
 
     view: np.ndarray
     point: np.ndarray
@@ -56,20 +57,20 @@ class _Linear:
 
 
 def adjust(
-    scene: Scene, seen: Observations, fixed: int, sigma_depth: float, iterations: int = 5, anchored: bool = False
+    scene: Scene, seen: Observations, fixed: int, sigma_depth: float, iterations: int = 5
 ) -> tuple[Scene, np.ndarray]:
     """The scene that explains the observations best, and the reprojection error (O,) in pixels, infinite behind a camera.
 
-    The first `fixed` poses stay. sigma_depth: of the logarithm of a depth. anchored: the first view's depths have scale 1,
-    which sets the unit of the scene while nothing else does.
+    The first `fixed` poses stay. One alone leaves the unit of the scene open, which is then that of the measured depths, in
+    the median. sigma_depth: of the logarithm of a depth.
     """
     prior = np.log(scene.K[0, 0])
-    linear = _linearise(scene, seen, sigma_depth, anchored, prior)
+    linear = _linearise(scene, seen, sigma_depth, prior)
     damping = 1e-4
     for _ in range(iterations):
         for _ in range(3):
             trial = _step(scene, seen, linear, fixed, damping, prior)
-            attempt = _linearise(trial, seen, sigma_depth, anchored, prior)
+            attempt = _linearise(trial, seen, sigma_depth, prior)
             if attempt.cost < linear.cost:
                 break
             damping *= 10
@@ -79,21 +80,34 @@ def adjust(
         scene, linear, damping = trial, attempt, max(damping / 5, 1e-7)
         if gain < 1e-3 * linear.cost:
             break
-    return scene, linear.error
+    return (_in_unit_of_depth(scene, seen) if fixed == 1 else scene), linear.error
 
 
-def focal_information(
-    scene: Scene, seen: Observations, fixed: int, sigma_depth: float, anchored: bool = False
-) -> float:
+def focal_information(scene: Scene, seen: Observations, fixed: int, sigma_depth: float) -> float:
     """What the observations alone say of the logarithm of the focal length: its marginal inverse variance."""
     free = replace(scene, focal_information=0.0)
-    linear = _linearise(free, seen, sigma_depth, anchored, np.log(scene.K[0, 0]))
+    linear = _linearise(free, seen, sigma_depth, np.log(scene.K[0, 0]))
     H, _, W, V_inverse, _ = _normal_equations(free, seen, linear, fixed, 1e-9, 0.0)
     S = H - W.T @ (V_inverse @ W.reshape(-1, 3, W.shape[1])).reshape(W.shape)
     return max(0.0, 1 / np.linalg.pinv(S)[-1, -1])
 
 
-def _linearise(scene: Scene, seen: Observations, sigma_depth: float, anchored: bool, prior: float) -> _Linear:
+def _in_unit_of_depth(scene: Scene, seen: Observations) -> Scene:
+    """The scene enlarged about the first camera until its depths are the measured ones, in the median. It looks the same to
+    all cameras, so that iterations get there too slowly: next to pixels, depths hardly weigh."""
+    T = scene.T_cam_world[seen.view]
+    z = np.einsum("oi,oi->o", T[:, 2, :3], scene.points[seen.point]) + T[:, 2, 3]
+    measured = np.isfinite(seen.depth) & (seen.depth > 0) & (z > 0)
+    if not measured.any():
+        return scene
+    factor = np.median(seen.depth[measured] / z[measured])
+    T_world_cam = inverse(scene.T_cam_world)
+    origin = T_world_cam[0, :3, 3].copy()
+    T_world_cam[:, :3, 3] = origin + factor * (T_world_cam[:, :3, 3] - origin)
+    return replace(scene, T_cam_world=inverse(T_world_cam), points=origin + factor * (scene.points - origin))
+
+
+def _linearise(scene: Scene, seen: Observations, sigma_depth: float, prior: float) -> _Linear:
     T, K = scene.T_cam_world[seen.view], scene.K
     R = T[:, :3, :3]
     x = np.einsum("oij,oj->oi", R, scene.points[seen.point]) + T[:, :3, 3]
@@ -106,10 +120,6 @@ def _linearise(scene: Scene, seen: Observations, sigma_depth: float, anchored: b
 
     log_ratio = np.log(z / seen.depth)
     measured = np.isfinite(log_ratio) & ~behind
-    for view in range(len(scene.T_cam_world)):
-        mine = measured & (seen.view == view)
-        if mine.any() and not (anchored and view == 0):
-            log_ratio[mine] -= np.median(log_ratio[mine])  # the view's own scale
     log_ratio = np.where(measured, log_ratio / sigma_depth, 0.0)
 
     residual = np.concatenate([offset, log_ratio[:, None]], 1)

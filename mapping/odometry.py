@@ -23,7 +23,7 @@ from speed3r_ros.model.types import Estimate, resize_intrinsics
 WIDTH = 640  # pixels of the longer side at most: more costs time and gains little
 REACH = 3.0  # pixels of reprojection error that a landmark may have
 YOUNG = 3.0  # times that, while its depth is still the network's
-LEAST = 12  # landmarks that determine a pose
+LEAST = 20  # landmarks that determine a pose; fewer may agree by chance
 AGREE = 0.4  # share of tracked landmarks that must agree with a pose
 SPACING = 10  # pixels between corners
 QUALITY = 0.003  # of a corner, relative to the best of the image
@@ -32,6 +32,7 @@ TURNOVER = 0.7  # a keyframe is due when fewer of the last one's landmarks are l
 FLOW = 25.0  # ... or when they have moved by more pixels than this
 PATIENCE = 10  # ... or after as many frames
 SIGMA_DEPTH = 4.0  # of the logarithm of the network's depth: a start, not a measurement
+JUMP = math.log(1.25)  # of the scale of the network's depth: it has changed its unit
 FOCAL_NETWORK = 0.3  # sigma of the logarithm of the network's focal length, on real images
 FOCAL_USUAL = 0.2  # sigma of the same of cameras on robots and in phones, about a field of view of
 USUAL_FOV = math.radians(65.0)
@@ -226,15 +227,17 @@ class Odometry:
     def _is_due(self, view: View) -> bool:
         last = self._keyframes[-1]
         _, mine, theirs = np.intersect1d(view.ids, last.ids, assume_unique=True, return_indices=True)
-        if len(mine) < TURNOVER * len(last.ids) or view.number - last.number >= PATIENCE:
+        if len(mine) < TURNOVER * len(last.ids) or view.number - last.number >= PATIENCE or self._jumps(view):
             return True
         return bool(np.median(np.linalg.norm(view.pixels[mine] - last.pixels[theirs], axis=1)) > FLOW)
 
     def _add_keyframe(self, view: View) -> None:
         self._keyframes.append(view)
         self._keyframe_count += 1
+        if self._jumps(view):
+            view.scale = self._measured_scale(view)
         self._adjust(view.calibrated)
-        self._rescale(view)
+        self._scale = view.scale = self._measured_scale(view)
         free = self.features - len(view.ids)
         if free > 0:
             mask = np.full(view.grey.shape, 255, np.uint8)
@@ -249,16 +252,17 @@ class Odometry:
         seen = np.unique(np.concatenate([k.ids for k in self._keyframes]))
         self._points, self._ids = self._points_of(seen), seen
 
-    def _rescale(self, view: View) -> None:
-        """Bring the network's depth to the landmarks that the view shares with earlier keyframes."""
-        if len(view.ids) >= LEAST:
-            T_cam_world = inverse(view.T_world_cam)
-            z = self._points_of(view.ids) @ T_cam_world[2, :3] + T_cam_world[2, 3]
-            depth, confidence = view.network_depth(view.pixels)
-            usable = (z > 0) & (depth > 0) & (confidence >= TRUSTED)
-            if usable.sum() >= LEAST:
-                self._scale = float(np.median(z[usable] / depth[usable]))
-        view.scale = self._scale
+    def _measured_scale(self, view: View) -> float:
+        """What brings the network's depth to the landmarks that the view shares with earlier keyframes; the scale that it
+        has if they are too few."""
+        T_cam_world = inverse(view.T_world_cam)
+        z = self._points_of(view.ids) @ T_cam_world[2, :3] + T_cam_world[2, 3]
+        depth, confidence = view.network_depth(view.pixels)
+        usable = (z > 0) & (depth > 0) & (confidence >= TRUSTED)
+        return float(np.median(z[usable] / depth[usable])) if usable.sum() >= LEAST else view.scale
+
+    def _jumps(self, view: View) -> bool:
+        return abs(math.log(self._measured_scale(view) / view.scale)) > JUMP
 
     def _adjust(self, calibrated: bool) -> None:
         keyframes = self._keyframes
@@ -271,22 +275,21 @@ class Odometry:
             np.repeat(np.arange(len(keyframes)), [m.sum() for m in which]),
             np.searchsorted(ids, np.concatenate([k.ids[m] for k, m in zip(keyframes, which)])),
             np.concatenate([k.pixels[m] for k, m in zip(keyframes, which)]).astype(np.float64),
-            np.concatenate([k.network_depth(k.pixels[m])[0] for k, m in zip(keyframes, which)]),
+            np.concatenate([k.scale * k.network_depth(k.pixels[m])[0] for k, m in zip(keyframes, which)]),
         )
-        starting = self._keyframe_count <= self.window
-        fixed = 1 if starting else FIXED
+        fixed = 1 if self._keyframe_count <= self.window else FIXED  # at first, all but the origin is a guess
         R = np.stack([k.T_world_cam[:3, :3] for k in keyframes])
         calibrated = calibrated or rotation_angle(R[0].T @ R).max() < FOCAL_TURN
         K, information = keyframes[-1].K, np.inf if calibrated else self._focal_information
         scene = Scene(inverse(np.stack([k.T_world_cam for k in keyframes])), self._points_of(ids), K, information)
-        scene, error = adjust(scene, seen, fixed, SIGMA_DEPTH, anchored=starting)
+        scene, error = adjust(scene, seen, fixed, SIGMA_DEPTH)
         self._points[np.searchsorted(self._ids, ids)] = scene.points
         wrong = error > 2 * REACH
         for i, (keyframe, T_world_cam) in enumerate(zip(keyframes, inverse(scene.T_cam_world))):
             keyframe.T_world_cam = T_world_cam
             keyframe.forget(ids[seen.point[wrong & (seen.view == i)]])
         if not calibrated:
-            gained = FOCAL_SHARE * focal_information(scene, seen, fixed, SIGMA_DEPTH, starting)
+            gained = FOCAL_SHARE * focal_information(scene, seen, fixed, SIGMA_DEPTH)
             self._focal_information = min(self._focal_information + gained, FOCAL_FLOOR**-2)
             self._K = scene.K
             for keyframe in keyframes:
