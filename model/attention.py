@@ -97,19 +97,12 @@ def token_bias(chosen: Tensor, fine: Tensor, blocks: int, length: int, specials:
     """Additive mask (B, H, T * L, N * L), 0 or -inf, of the chosen blocks (B, H, T * G, N * G) and the special tokens."""
     batch, heads = chosen.shape[:2]
     frames, resident = fine.shape[1:]
-    zero, closed = (
-        torch.zeros((), dtype=dtype, device=fine.device),
-        torch.full((), -torch.inf, dtype=dtype, device=fine.device),
-    )
-    seen = torch.where(fine, zero, closed)[:, None, :, None, :, None]  # (B, 1, T, 1, N, 1)
-    chosen = torch.where(chosen, zero, closed).view(batch, heads, frames, blocks, 1, resident, blocks, 1)
-    bias = torch.empty(batch, heads, frames, length, resident, length, dtype=dtype, device=fine.device)
-    bias[..., :specials, :, :] = seen
-    bias[..., specials:, :, :specials] = seen
-    bias[..., specials:, :, specials:].unflatten(3, (blocks, BLOCK)).unflatten(-1, (blocks, BLOCK)).copy_(
-        chosen.expand(-1, -1, -1, -1, BLOCK, -1, -1, BLOCK)
-    )
-    return bias.flatten(4, 5).flatten(2, 3)
+    # of groups first, each frame's special tokens before its blocks, then copied to tokens in long rows
+    groups = fine[:, None, :, None, :, None].repeat(batch // len(fine), heads, 1, blocks + 1, 1, blocks + 1)
+    groups[..., 1:, :, 1:] = chosen.view(batch, heads, frames, blocks, resident, blocks)
+    group = (torch.arange(length, device=fine.device) - specials).div(BLOCK, rounding_mode="floor").clamp(min=-1) + 1
+    bias = torch.zeros(groups.shape, dtype=dtype, device=fine.device).masked_fill_(~groups, -torch.inf)
+    return bias.index_select(-1, group).index_select(3, group).flatten(4, 5).flatten(2, 3)
 
 
 STRATEGIES = {"dense": dense, "speed3r": speed3r}
