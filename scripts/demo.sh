@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Reconstruct a recording live: a ROS 2 node, fed in real time by a second process and recorded by a third.
-#   scripts/demo.sh [INPUT] [--out DIR] [NODE ARGUMENT...]
+#   scripts/demo.sh [INPUT] [--out DIR] [--rate R] [NODE ARGUMENT...]
 # INPUT   a ROS 2 bag (sqlite3 or mcap), a video, or a folder of images; default: the sample bag
 # --out   folder of report.html, trajectory.tum, map.ply and the recorded bag; default: out
+# --rate  speed of the playback; default: 1, real time. Slower loses fewer frames on a slow machine
 # What follows goes to the node, e.g. -p engine.attention:=dense
 set -euo pipefail
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; }
 say() { printf 'demo: %s\n' "$*" >&2; }
 die() {
   say "$*"
@@ -15,12 +16,15 @@ die() {
 
 input=
 out=out
+rate=1
 node_arguments=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit 0 ;;
     --out) out=${2:?"--out needs a folder"}; shift ;;
     --out=*) out=${1#--out=} ;;
+    --rate) rate=${2:?"--rate needs a number"}; shift ;;
+    --rate=*) rate=${1#--rate=} ;;
     -p | -r | --params-file) node_arguments+=("$1" "${2:?"$1 needs a value"}"); shift ;;
     -*) usage >&2; die "unknown option $1" ;;
     *) [[ -z $input ]] || die "one INPUT at a time: $input or $1"; input=$1 ;;
@@ -31,6 +35,7 @@ done
 root=$(cd "$(dirname "$0")/.." && pwd)
 input=${input:-$root/resource/sample_bag}
 [[ -e $input ]] || die "no such input: $input"
+[[ $rate =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && $rate =~ [1-9] ]] || die "--rate must be a number above 0, not $rate"
 mkdir -p "$out" 2> /dev/null && [[ -w $out ]] || die "cannot write into $out"
 out=$(cd "$out" && pwd)
 # shellcheck source=scripts/setup.sh
@@ -81,7 +86,8 @@ failed() {
 }
 
 rm -rf "$out/recorded" "$out/sent.csv"
-start "$out/record.log" python -m speed3r_ros.record "$out/recorded" --until-idle 5
+idle=$(awk "BEGIN { print 5 / ($rate < 1 ? $rate : 1) }")  # seconds without a pose after which all are there
+start "$out/record.log" python -m speed3r_ros.record "$out/recorded" --until-idle "$idle"
 record=$pid
 # No TF tree comes with a recording: the camera looks forward from the body's origin (REP-103 optical axes).
 start "$out/node.log" python -m speed3r_ros.recon_node --ros-args -p "frames.base_to_camera:=0 0 0 -0.5 0.5 -0.5 0.5" \
@@ -89,8 +95,8 @@ start "$out/node.log" python -m speed3r_ros.recon_node --ros-args -p "frames.bas
 node=$pid
 say "node $node and recorder $record run in ROS domain $ROS_DOMAIN_ID"
 
-say "playing $input in real time"
-python -m speed3r_ros.play "$input" --wait 120 --log "$out/sent.csv" &
+say "playing $input at $rate x real time"
+python -m speed3r_ros.play "$input" --rate "$rate" --wait 120 --log "$out/sent.csv" &
 play=$!
 processes+=("$play")
 while alive "$play"; do

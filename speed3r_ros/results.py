@@ -136,6 +136,11 @@ def summary(results: Results) -> str:
     lines = [f"frames     {poses} of {results.frames} have a pose ({poses / max(results.frames, 1):.1%})"]
     if results.live:
         lines.append(f"dropped    {dropped(results)}")
+        if 0 < poses < results.frames / 2 < dropped(results):
+            slower = f"{0.8 * poses / results.frames:.1g}"
+            lines.append(
+                f"           this machine is too slow for the recording: `scripts/demo.sh --rate {slower}` plays it slower"
+            )
     lines += [f"lost       {count}: {reason}" for reason, count in results.lost.items()]
     if np.isfinite(rate(results)):
         lines.append(f"rate       {rate(results):.2f} Hz")

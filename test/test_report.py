@@ -173,6 +173,15 @@ def test_a_poor_run_still_gives_a_valid_page(rng, tmp_path, changes):
     assert f"{len(results.trajectory)} of {results.frames}" in summary(results)
 
 
+def test_too_slow_a_machine_is_told_the_remedy(rng):
+    results = make_results(rng)
+    assert "--rate" not in summary(results)
+    results.frames = 5 * len(results.trajectory)
+    assert "--rate 0.2" in summary(results)
+    results.live = False
+    assert "--rate" not in summary(results)
+
+
 def test_standing_still_is_scored_not_crashed(rng):
     results = make_results(rng)
     results.trajectory = trajectory_of(results.truth.stamps_ns, np.zeros((50, 3)), results.truth.poses[:, :3, :3])

@@ -163,6 +163,8 @@ def test_demo_refuses_wrong_arguments(tmp_path):
         ([str(tmp_path), "--out", str(tmp_path / "file" / "out")], "demo: cannot write into"),
         (["--faster"], "demo: unknown option --faster"),
         ([str(tmp_path), str(tmp_path)], "demo: one INPUT at a time"),
+        ([str(tmp_path), "--rate", "0.0"], "demo: --rate must be a number above 0, not 0.0"),
+        ([str(tmp_path), "--rate=fast"], "demo: --rate must be a number above 0, not fast"),
     ):
         done = run("bash", demo, *arguments)
         assert done.returncode == 1 and says in last_line(done)
