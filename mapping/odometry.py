@@ -63,17 +63,19 @@ class View:
     keypoints: tuple[np.ndarray, np.ndarray] | None = None
 
     def network_depth(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Unscaled depth (M,) and confidence (M,) of the network at pixels (M, 2) of `grey`."""
+        """Unscaled depth (M,), NaN where it has none, and confidence (M,) of the network at pixels (M, 2) of `grey`."""
         (height, width), (h, w) = self.grey.shape, self.estimate.depth.shape
         x, y = ((pixels + 0.5) * [w / width, h / height] - 0.5).round().astype(int).T.clip(0, [[w - 1], [h - 1]])
-        return self.estimate.depth[y, x].astype(np.float64), self.estimate.confidence[y, x]
+        depth = self.estimate.depth[y, x].astype(np.float64)
+        depth[~np.isfinite(depth) | (depth <= 0)] = np.nan
+        return depth, self.estimate.confidence[y, x]
 
     def unproject(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """World points (M, 3) of pixels (M, 2) at the network's depth, and which of them can be trusted."""
         depth, confidence = self.network_depth(pixels)
         ray = (pixels - self.K[:2, 2]) / [self.K[0, 0], self.K[1, 1]]
         camera = np.concatenate([ray, np.ones((len(ray), 1))], 1) * (depth * self.scale)[:, None]
-        trusted = (confidence >= TRUSTED) & np.isfinite(depth) & (depth > 0)
+        trusted = (confidence >= TRUSTED) & np.isfinite(depth)
         return camera @ self.T_world_cam[:3, :3].T + self.T_world_cam[:3, 3], trusted
 
     def observe(self, ids: np.ndarray, pixels: np.ndarray) -> None:
@@ -258,7 +260,7 @@ class Odometry:
         T_cam_world = inverse(view.T_world_cam)
         z = self._points_of(view.ids) @ T_cam_world[2, :3] + T_cam_world[2, 3]
         depth, confidence = view.network_depth(view.pixels)
-        usable = (z > 0) & (depth > 0) & (confidence >= TRUSTED)
+        usable = (z > 0) & np.isfinite(depth) & (confidence >= TRUSTED)
         return float(np.median(z[usable] / depth[usable])) if usable.sum() >= LEAST else view.scale
 
     def _jumps(self, view: View) -> bool:

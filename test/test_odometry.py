@@ -154,6 +154,17 @@ def test_survives_a_cut_and_a_change_of_size(sequence):
         last = got
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan, 0.0])
+def test_depth_that_is_no_number_leaves_the_scale_alone(sequence, value):
+    estimates = network(sequence, np.random.default_rng())
+    bad = np.full(SIZE, value, np.float32)
+    odometry = Odometry()
+    for i in range(8):
+        estimate = estimates[i] if i < 4 else replace(estimates[i], depth=bad)
+        got = odometry.refine(sequence[0][i], estimate, True)
+        assert np.isfinite(got.T_world_cam).all() and 0.3 < odometry._scale < 3
+
+
 def test_lost_frames_pass_through(sequence):
     odometry = Odometry()
     lost = Estimate(0, Tracking.LOST, lost_reason="black frame")
