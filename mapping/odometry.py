@@ -49,26 +49,31 @@ TRACKER = dict(winSize=(17, 17), maxLevel=4, criteria=(cv2.TERM_CRITERIA_EPS | c
 
 @dataclass
 class View:
-    """A grey image with the network's depth, and what is known of its camera."""
+    """A grey image with the network's depth, and what is known of its camera.
+
+    Where there was no time for the network, T_network is None, and the depth, if any, is carried over from another view.
+    """
 
     number: int
     grey: np.ndarray  # (H, W) uint8
-    estimate: Estimate
     calibrated: bool
     K: np.ndarray  # (3, 3), of `grey`
     T_world_cam: np.ndarray
-    scale: float = 1.0  # of the estimate's depth
+    scale: float  # of the depth
+    T_network: np.ndarray | None = None  # camera-to-world
+    depth: np.ndarray | None = None  # (h, w)
+    confidence: np.ndarray | None = None  # (h, w)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # landmarks seen, ascending
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     keypoints: tuple[np.ndarray, np.ndarray] | None = None
 
     def network_depth(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unscaled depth (M,), NaN where it has none, and confidence (M,) of the network at pixels (M, 2) of `grey`."""
-        (height, width), (h, w) = self.grey.shape, self.estimate.depth.shape
+        (height, width), (h, w) = self.grey.shape, self.depth.shape
         x, y = ((pixels + 0.5) * [w / width, h / height] - 0.5).round().astype(int).T.clip(0, [[w - 1], [h - 1]])
-        depth = self.estimate.depth[y, x].astype(np.float64)
+        depth = self.depth[y, x].astype(np.float64)
         depth[~np.isfinite(depth) | (depth <= 0)] = np.nan
-        return depth, self.estimate.confidence[y, x]
+        return depth, self.confidence[y, x]
 
     def unproject(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """World points (M, 3) of pixels (M, 2) at the network's depth, and which of them can be trusted."""
@@ -77,6 +82,25 @@ class View:
         camera = np.concatenate([ray, np.ones((len(ray), 1))], 1) * (depth * self.scale)[:, None]
         trusted = (confidence >= TRUSTED) & np.isfinite(depth)
         return camera @ self.T_world_cam[:3, :3].T + self.T_world_cam[:3, 3], trusted
+
+    def carry_depth(self, source: View) -> None:
+        """Take over the depth of another view, seen from here; NaN where that saw nothing."""
+        (height, width), (h, w) = source.grey.shape, source.depth.shape
+        y, x = np.mgrid[0:h:2, 0:w:2].reshape(2, -1)
+        pixels = (np.stack([x, y], 1) + 0.5) * [width / w, height / h] - 0.5
+        points, trusted = source.unproject(pixels)
+        T_cam_world = inverse(self.T_world_cam)
+        camera = points @ T_cam_world[:3, :3].T + T_cam_world[:3, 3]
+        h, w = h // 4, w // 4  # twice as coarse as the points, so that they leave no holes
+        with np.errstate(all="ignore"):
+            pixels = camera[:, :2] / camera[:, 2:] * [self.K[0, 0], self.K[1, 1]] + self.K[:2, 2]
+            cell = np.floor((pixels + 0.5) * [w / width, h / height])
+        seen = np.flatnonzero(trusted & (camera[:, 2] > 0) & ((cell >= 0) & (cell < [w, h])).all(1))
+        seen = seen[np.argsort(-camera[seen, 2], kind="stable")]  # what is nearer comes last and stays
+        u, v = cell[seen].astype(int).T
+        self.depth, self.confidence = np.full((h, w), np.nan), np.zeros((h, w))
+        self.depth[v, u] = camera[seen, 2] / self.scale
+        self.confidence[v, u] = source.confidence[y[seen], x[seen]]
 
     def observe(self, ids: np.ndarray, pixels: np.ndarray) -> None:
         """Add landmarks that this view sees."""
@@ -109,6 +133,7 @@ class Odometry:
         self._keyframes: list[View] = []
         self._keyframe_count = 0
         self._last: View | None = None
+        self._last_estimated: View | None = None
         self._number = 0
         self._scale = 1.0
         self._K: np.ndarray | None = None  # of an uncalibrated camera, at the size of the grey images
@@ -120,9 +145,12 @@ class Odometry:
         scale of the past. An estimate without a pose is returned as it is."""
         if estimate.T_world_cam is None:
             return estimate
-        view, last = self._look(image, estimate, calibrated), self._last
+        grey, last = grey_image(image), self._last
+        K = resize_intrinsics(estimate.K, estimate.depth.shape, grey.shape)
+        T = estimate.T_world_cam
+        view = View(self._number, grey, calibrated, K, T, self._scale, T, estimate.depth, estimate.confidence)
         if last is not None:
-            view.T_world_cam = self._by_network(last, view)
+            view.T_world_cam = self._by_network(self._last_estimated, view)
             if last.grey.shape != view.grey.shape or last.calibrated != calibrated:  # another camera, so to speak
                 self.reset()
                 self._scale, last = view.scale, None
@@ -136,7 +164,7 @@ class Odometry:
         else:
             self.tracked = self._match(view)
             self._add_keyframe(view)
-        self._last = view
+        self._last = self._last_estimated = view
         self._number += 1
         h, w = estimate.depth.shape
         return replace(
@@ -147,13 +175,22 @@ class Odometry:
             pose_sigma=estimate.pose_sigma * [self._scale, 1.0],
         )
 
-    def _look(self, image: np.ndarray, estimate: Estimate, calibrated: bool) -> View:
-        shrink = min(1.0, WIDTH / max(image.shape[:2]))
-        if shrink < 1:
-            image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-        K = resize_intrinsics(estimate.K, estimate.depth.shape, grey.shape)
-        return View(self._number, grey, estimate, calibrated, K, estimate.T_world_cam, self._scale)
+    def follow(self, image: np.ndarray, K: np.ndarray | None) -> np.ndarray | None:
+        """Camera-to-world pose (4, 4) of a rectified image (H, W, 3) uint8 RGB that the network has no time for, from the
+        landmarks alone; K (3, 3) is the camera's if calibrated. None when they do not suffice: nothing has changed then."""
+        last, grey = self._last, grey_image(image)
+        if last is None or last.grey.shape != grey.shape or last.calibrated != (K is not None):
+            return None
+        K = last.K if K is None else resize_intrinsics(K, image.shape[:2], grey.shape)
+        view = View(self._number, grey, last.calibrated, K, last.T_world_cam, self._scale)
+        if not self._track(last, view):
+            return None
+        if self._is_due(view):
+            view.carry_depth(self._last_estimated)
+            self._add_keyframe(view)
+        self._last = view
+        self._number += 1
+        return view.T_world_cam
 
     @staticmethod
     def _likely(view: View) -> np.ndarray:
@@ -163,8 +200,8 @@ class Odometry:
         return view.K * np.array([[factor, 1, 1], [1, factor, 1], [1, 1, 1]])
 
     def _by_network(self, last: View, view: View) -> np.ndarray:
-        """The pose that continues the last one by the network's motion."""
-        motion = inverse(last.estimate.T_world_cam) @ view.estimate.T_world_cam
+        """The pose that continues the last one that the network has seen by the network's motion."""
+        motion = inverse(last.T_network) @ view.T_network
         motion[:3, 3] *= self._scale
         return last.T_world_cam @ motion
 
@@ -264,7 +301,7 @@ class Odometry:
         return float(np.median(z[usable] / depth[usable])) if usable.sum() >= LEAST else view.scale
 
     def _jumps(self, view: View) -> bool:
-        return abs(math.log(self._measured_scale(view) / view.scale)) > JUMP
+        return view.depth is not None and abs(math.log(self._measured_scale(view) / view.scale)) > JUMP
 
     def _adjust(self, calibrated: bool) -> None:
         keyframes = self._keyframes
@@ -296,6 +333,14 @@ class Odometry:
             self._K = scene.K
             for keyframe in keyframes:
                 keyframe.K = scene.K
+
+
+def grey_image(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (h, w) uint8, shrunk to WIDTH if it is larger."""
+    shrink = min(1.0, WIDTH / max(image.shape[:2]))
+    if shrink < 1:
+        image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
 def solve_pose(

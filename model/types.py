@@ -42,7 +42,8 @@ class Estimate:
     """What the engine says about one frame, at the network's resolution (h, w).
 
     stamp_ns: the frame's stamp, unchanged.
-    tracking: see `Tracking`. When LOST every array below is None.
+    tracking: see `Tracking`. When LOST every array below is None; of a frame that the network has not seen, for want of
+        time, all but T_world_cam and pose_sigma.
     T_world_cam: (4, 4) float64, camera-to-world, OpenCV optical axes (x right, y down, z forward). World is the
         optical frame of the first tracked frame since reset. Translation is in the model's scale times `scale` of
         the engine, i.e. metres only when that scale is known.

@@ -70,6 +70,12 @@ class OdometryConfig:
         300, "image features tracked at most; 0 = the network's poses as they are", low=0, high=10000
     )
     window: int = setting(7, "keyframes that are adjusted together", low=4, high=30)
+    between: int = setting(
+        8,
+        "frames between two that the network has time for whose poses features alone give, at most; 0 = drop them all",
+        low=0,
+        high=1000,
+    )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Statistics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._received: deque[float] = deque(maxlen=200)
-        self._processed: deque[tuple[float, float]] = deque(maxlen=200)
+        self._processed: deque[tuple[float, float, bool]] = deque(maxlen=200)
         self.counts: Counter[str] = Counter()
         self.tracking, self.note = "waiting for images", ""
 
@@ -36,10 +36,10 @@ class Statistics:
             self._received.append(time.monotonic())
             self.counts["received"] += 1
 
-    def processed(self, latency: float, tracking: str, note: str = "") -> None:
+    def processed(self, latency: float, tracking: str, note: str = "", by_network: bool = True) -> None:
         """A frame has been answered, `latency` seconds after it arrived."""
         with self._lock:
-            self._processed.append((time.monotonic(), latency))
+            self._processed.append((time.monotonic(), latency, by_network))
             self.counts["processed"] += 1
             self.tracking, self.note = tracking, note
 
@@ -53,11 +53,13 @@ class Statistics:
         now = time.monotonic()
         with self._lock:
             received = sum(now - t < window for t in self._received)
-            latencies = [latency for t, latency in self._processed if now - t < window]
+            recent = [(latency, by_network) for t, latency, by_network in self._processed if now - t < window]
+        latencies = [latency for latency, _ in recent]
         p50, p95 = np.percentile(latencies, (50, 95)) * 1e3 if latencies else (float("nan"),) * 2
         return {
             "input_hz": received / window,
-            "processed_hz": len(latencies) / window,
+            "processed_hz": len(recent) / window,
+            "network_hz": sum(by_network for _, by_network in recent) / window,
             "latency_p50_ms": p50,
             "latency_p95_ms": p95,
         }
@@ -88,7 +90,11 @@ def diagnostics_message(
         "dropped": dropped,
         "memory_mb": resident_bytes() // 2**20,
     }
-    busy = numbers["input_hz"] > 1.5 * max(numbers["processed_hz"], 1e-9)
+    load = "keeps up"
+    if numbers["input_hz"] > 1.5 * max(numbers["processed_hz"], 1e-9):
+        load = "slower than the camera: frames are dropped"
+    elif numbers["input_hz"] > 1.5 * max(numbers["network_hz"], 1e-9):
+        load = "the network is slower than the camera: between its frames, features alone give the poses"
 
     def status(part: str, level: bytes, message: str, values: dict[str, object]) -> DiagnosticStatus:
         pairs = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
@@ -100,8 +106,8 @@ def diagnostics_message(
         status("tracking", level, text, tracking),
         status(
             "throughput",
-            DiagnosticStatus.WARN if busy else DiagnosticStatus.OK,
-            "slower than the camera: old frames are dropped" if busy else "keeps up",
+            DiagnosticStatus.OK if load == "keeps up" else DiagnosticStatus.WARN,
+            load,
             throughput,
         ),
     ]

@@ -13,7 +13,7 @@ from speed3r_ros.mapping.odometry import Odometry
 from speed3r_ros.mapping.point_map import PointMap
 from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.engine import Engine
-from speed3r_ros.model.types import Estimate, Frame
+from speed3r_ros.model.types import Estimate, Frame, Tracking
 
 LONGEST = 1_000_000  # poses kept for ~/save_trajectory: nine hours at 30 Hz, in bounded memory
 DISORDER_NS = 1_000_000_000  # frames up to this late are out of order; beyond it the clock went back (as in tf2)
@@ -46,7 +46,7 @@ class Pipeline:
     """Engine, odometry, scale, trajectory and map.
 
     Poses are camera-to-world, OpenCV axes; world is the optical frame of the first tracked frame since `reset`.
-    One thread computes (`process`, `restart`, `reset`); any may `integrate`, read `point_map` and call `recorded`.
+    One thread computes (`process`, `follow`, `restart`, `reset`); any may `integrate`, read `point_map` and call `recorded`.
     """
 
     def __init__(self, config: Config | None = None, engine: Engine | None = None) -> None:
@@ -60,6 +60,7 @@ class Pipeline:
         self._lock = threading.Lock()  # of the trajectory
         self._origin = np.eye(4)
         self._last = np.eye(4)
+        self._last_sigma = np.zeros(2)
 
     def process(self, frame: Frame) -> Estimate:
         """Estimate of one frame, in metres as far as `scale.factor` makes them so. Raises ValueError as `Engine.push`."""
@@ -69,14 +70,31 @@ class Pipeline:
         if self.odometry:
             estimate = self.odometry.refine(frame.image, estimate, frame.K is not None)
         factor = self.config.scale.factor
-        T = estimate.T_world_cam.copy()
-        T[:3, 3] *= factor
+        self._last_sigma = estimate.pose_sigma * [factor, 1.0]
+        return replace(
+            estimate,
+            T_world_cam=self._continue(frame.stamp_ns, estimate.T_world_cam),
+            depth=estimate.depth * np.float32(factor),
+            pose_sigma=self._last_sigma,
+        )
+
+    def follow(self, frame: Frame) -> Estimate | None:
+        """The pose, without depth, of a frame that there is no time to `process`; None when its features do not give it,
+        and then the frame counts for nothing. Takes a small part of the time."""
+        T = self.odometry.follow(frame.image, frame.K) if self.odometry else None
+        if T is None:
+            return None
+        T = self._continue(frame.stamp_ns, T)
+        return Estimate(frame.stamp_ns, Tracking.TRACKING, T_world_cam=T, pose_sigma=self._last_sigma)
+
+    def _continue(self, stamp_ns: int, T_world_cam: np.ndarray) -> np.ndarray:
+        """Scale a pose, put it behind the past's, and record it."""
+        T = T_world_cam.copy()
+        T[:3, 3] *= self.config.scale.factor
         self._last = T = self._origin @ T
-        sigma = estimate.pose_sigma * [factor, 1.0]
-        estimate = replace(estimate, T_world_cam=T, depth=estimate.depth * np.float32(factor), pose_sigma=sigma)
         with self._lock:
-            self.trajectory.append(frame.stamp_ns, T)
-        return estimate
+            self.trajectory.append(stamp_ns, T)
+        return T
 
     def integrate(self, estimate: Estimate) -> None:
         """Put the points of a keyframe into the map. Apart from `process`, so that its answer need not wait for this."""

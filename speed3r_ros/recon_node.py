@@ -1,7 +1,9 @@
 """The ROS 2 node: images in, poses, TF, depth, confidence and points out.
 
-Threads that never wait for one another: the executor receives and answers, one computes (newest frame wins), one
-publishes each frame's messages, one adds keyframes to the map, one publishes the path and the map. Nothing is built for a topic without subscribers.
+Threads that never wait for one another: the executor receives and answers, one computes, one publishes each frame's
+messages, one adds keyframes to the map, one publishes the path and the map. Nothing is built for a topic without
+subscribers. Where frames come faster than the network can take them, it gets the newest, and the features of those before
+it give their poses.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from speed3r_ros.model.types import Estimate, Frame, Tracking
 from speed3r_ros.outputs import WorldFrame
 from speed3r_ros.pipeline import DISORDER_NS, Pipeline, Step, cloud, step_in_time, valid_depth
 from speed3r_ros.qos import FollowingSubscription
-from speed3r_ros.worker import Worker
+from speed3r_ros.worker import Mailbox, Worker
 
 OUTPUT_DEPTH = 5
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -138,10 +140,12 @@ class ReconNode(Node):
         self.extrinsics = Extrinsics(self, self.config.frames.base, self.config.frames.base_to_camera)
         self.broadcaster = Broadcaster(self)
         self._create_outputs()
-        self._publisher = Worker("publish", 16, self._publish, self._report)
-        self._mapper = Worker("map", 16, self._integrate, self._report)
-        self._slow_publisher = Worker("publish slow", 2, lambda publish: publish(), self._report)
-        self._computer = Worker("compute", 1, self._compute, self._report)
+        self._publisher = Worker("publish", Mailbox(16), self._publish, self._report)
+        self._mapper = Worker("map", Mailbox(16), self._integrate, self._report)
+        self._slow_publisher = Worker("publish slow", Mailbox(2), lambda publish: publish(), self._report)
+        self._between = 0  # frames that were only followed since the network's last
+        waiting = Mailbox(1 + self.config.odometry.between, spread=True)
+        self._computer = Worker("compute", waiting, self._compute, self._report)
         self._create_inputs()
         engine = self.pipeline.engine
         self.get_logger().info(
@@ -293,9 +297,14 @@ class ReconNode(Node):
             self.statistics.tracking = "waiting for TF"
             return
         with self._lock:
-            estimate = self.pipeline.process(frame)
+            estimate = self._estimate(frame)
+            if estimate is None:
+                self.statistics.count("unfollowed")
+                return
             latency = time.monotonic() - received.arrived
-            self.statistics.processed(latency, estimate.tracking.value, estimate.lost_reason)
+            self.statistics.processed(
+                latency, estimate.tracking.value, estimate.lost_reason, by_network=self._between == 0
+            )
             if estimate.tracking is Tracking.LOST:
                 self.statistics.count("lost")
                 self._tell(estimate.lost_reason)
@@ -311,6 +320,14 @@ class ReconNode(Node):
             with self._path_lock:
                 self._path.append(stamp_ns, T)
             self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist, self._epoch))
+
+    def _estimate(self, frame: Frame) -> Estimate | None:
+        """Of the frames that wait, the network gets the newest; poses of the others come from features, or not at all."""
+        if len(self._computer.mailbox) and self._between < self.config.odometry.between:
+            self._between += 1
+            return self.pipeline.follow(frame)
+        self._between = 0
+        return self.pipeline.process(frame)
 
     def _continues(self, stamp_ns: int) -> bool:
         """Whether a frame with this stamp is to be used; a jump in time starts a new segment, or all anew."""
@@ -409,6 +426,8 @@ class ReconNode(Node):
                     answer.T_odom_base, estimate.pose_sigma, answer.twist, stamp, config.frames.odom, base
                 )
             )
+        if estimate.depth is None:
+            return
         height, width = estimate.depth.shape
         if self.depth_info_pub.get_subscription_count():
             self.depth_info_pub.publish(convert.info_from_K(estimate.K, width, height, stamp, answer.frame_id))
@@ -496,7 +515,9 @@ class ReconNode(Node):
             "device": str(self.pipeline.engine.device),
         }
         stamp = ns_to_stamp(self.get_clock().now().nanoseconds)
-        dropped = self._computer.mailbox.dropped + self._publisher.mailbox.dropped
+        dropped = (
+            self._computer.mailbox.dropped + self._publisher.mailbox.dropped + self.statistics.counts["unfollowed"]
+        )
         self.diagnostics_pub.publish(diagnostics_message(stamp, self.get_name(), self.statistics, dropped, facts))
 
     def stop(self) -> None:

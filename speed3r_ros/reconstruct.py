@@ -182,6 +182,7 @@ class Run:
         results.points, results.colors, _ = self._pipeline.point_map.snapshot()
         results.lost = dict(self._lost)
         results.latency_s, results.wall_s = np.array(self._latencies), np.array(self._times)
+        results.depth_wall_s = results.wall_s
         return results
 
 

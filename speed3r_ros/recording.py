@@ -63,7 +63,7 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
         trajectory.append(stamp_of(message), to_world @ T_map_base @ T_base_cam)
     points, colors = points_of(last_map[0]) if last_map else (np.zeros((0, 3)), np.zeros((0, 3), np.uint8))
     log = bag / "received.csv"  # other recorders write none: then there are no latencies
-    received = read_times(log, "/pose") if log.exists() else []
+    received, depth_received = (read_times(log, topic) if log.exists() else [] for topic in ("/pose", "/depth/image"))
     started = read_times(sent) if sent else []
     return Results(
         source.name,
@@ -75,6 +75,7 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
         colors,
         latencies(started, received),
         np.array([monotonic for _, monotonic in received]) / NANO,
+        np.array([monotonic for _, monotonic in depth_received]) / NANO,
         live=True,
         lost=lost_frames(status),
         settings=status,

@@ -117,8 +117,12 @@ def head(results: Results) -> str:
         tiles.append(("of the true path", number("drift", score.ate / max(score.path, 1e-12), share=True)))
         tiles.append(("recovered scale", number("scale", score.scale)))
         tiles.append(("coverage of the truth", number("coverage", score.coverage, share=True)))
-    if np.isfinite(rate(results)):
-        tiles.append(("poses per second", number("rate", rate(results), f"{rate(results):.1f} Hz")))
+    for name, label, times in (
+        ("rate", "poses per second", results.wall_s),
+        ("depth_rate", "depth images per second", results.depth_wall_s),
+    ):
+        if np.isfinite(rate(times)):
+            tiles.append((label, number(name, rate(times), f"{rate(times):.1f} Hz")))
     if len(results.latency_s):
         p50 = float(np.percentile(results.latency_s, 50)) * 1e3
         tiles.append(("median latency", number("latency_p50_ms", p50, f"{p50:.0f} ms")))
@@ -211,7 +215,7 @@ def timing_section(results: Results) -> str:
         return ""
     p50, p95 = np.percentile(results.latency_s, (50, 95)) * 1e3
     what = "from sending the image to receiving its pose" if results.live else "of one frame, from image to pose"
-    drops = f" {dropped(results)} of {results.frames} frames got no pose: the newest wins." if results.live else ""
+    drops = f" {dropped(results)} of {results.frames} frames got no pose." if results.live else ""
     note = (
         f"Latency {what}: median {p50:.0f} ms, "
         f"95th percentile {number('latency_p95_ms', float(p95), f'{p95:.0f}')} ms.{drops}"

@@ -40,7 +40,8 @@ class Results:
     frames: offered by the input. trajectory: of the frames that got a pose, camera-to-world. truth: the input's, if any.
     points, colors: the final map in the trajectory's world, (N, 3) float32 and (N, 3) uint8.
     latency_s: (N,) seconds from a frame's arrival to its pose. wall_s: (N,) monotonic times of the poses.
-    live: frames came in real time, so that slow processing drops some. lost: frames without a pose, by reason.
+    depth_wall_s: (M,) the same of the depth images. live: frames came in real time, so that slow processing leaves some
+    without depth, or drops them. lost: frames without a pose, by reason.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Results:
     colors: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.uint8))
     latency_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
     wall_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    depth_wall_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
     live: bool = False
     lost: dict[str, int] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
@@ -119,10 +121,9 @@ def straight_line(trajectory: Trajectory) -> Trajectory:
     return line
 
 
-def rate(results: Results) -> float:
-    """Poses per second of wall-clock time."""
-    wall = results.wall_s
-    return (len(wall) - 1) / (wall[-1] - wall[0]) if len(wall) > 1 and wall[-1] > wall[0] else float("nan")
+def rate(wall_s: np.ndarray) -> float:
+    """Events per second of wall-clock time, from their times (N,)."""
+    return (len(wall_s) - 1) / (wall_s[-1] - wall_s[0]) if len(wall_s) > 1 and wall_s[-1] > wall_s[0] else float("nan")
 
 
 def dropped(results: Results) -> int:
@@ -142,8 +143,10 @@ def summary(results: Results) -> str:
                 f"           this machine is too slow for the recording: `scripts/demo.sh --rate {slower}` plays it slower"
             )
     lines += [f"lost       {count}: {reason}" for reason, count in results.lost.items()]
-    if np.isfinite(rate(results)):
-        lines.append(f"rate       {rate(results):.2f} Hz")
+    if np.isfinite(rate(results.wall_s)):
+        lines.append(
+            f"rate       {rate(results.wall_s):.2f} Hz of poses, {rate(results.depth_wall_s):.2f} Hz of depth images"
+        )
     if len(results.latency_s):
         p50, p95 = np.percentile(results.latency_s, (50, 95)) * 1e3
         lines.append(f"latency    {p50:.0f} ms median, {p95:.0f} ms 95th percentile")

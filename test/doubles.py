@@ -1,11 +1,13 @@
-"""A stand-in for the engine whose answers are known in closed form, to test the node's messages. Also runs as a node:
+"""Stand-ins for the engine whose answers are known in closed form, to test the node's messages. They also run as a node:
 
-python test/doubles.py --ros-args ...
+python test/doubles.py ScriptedEngine --ros-args ...
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ SIZE = (24, 32)
 STEP = np.array([0.01, 0.0, 0.1])  # metres per frame along x (right) and z (forward) of the camera
 TURN = np.radians(2.0)  # per frame, about the camera's y axis (down): to the right
 DEPTH = 2.0
+SLOWNESS = 0.4  # seconds that the slow one takes for a frame
+SPEED = np.array([0.3, 0.0, 0.0])  # metres per second of the slow one: to the right
 K_UNKNOWN = np.array([[30.0, 0, 15.5], [0, 30.0, 11.5], [0, 0, 1]])
 
 
@@ -66,7 +70,19 @@ class ScriptedEngine:
         )
 
 
+class SlowEngine(ScriptedEngine):
+    """Slides along the wall at a constant speed, and takes its time."""
+
+    def push(self, frame: Frame) -> Estimate:
+        time.sleep(SLOWNESS)
+        first, estimate = self.T is None, super().push(frame)
+        self.start = frame.stamp_ns if first else self.start
+        T = np.eye(4)
+        T[:3, 3] = SPEED * (frame.stamp_ns - self.start) / 1e9
+        return replace(estimate, T_world_cam=T)
+
+
 if __name__ == "__main__":
     from speed3r_ros.recon_node import main
 
-    sys.exit(main(engine=ScriptedEngine()))
+    sys.exit(main(engine={kind.__name__: kind for kind in (ScriptedEngine, SlowEngine)}[sys.argv[1]]()))

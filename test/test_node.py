@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 from std_srvs.srv import SetBool, Trigger  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from doubles import DEPTH, K_UNKNOWN, SIZE, STEP, TURN  # noqa: E402
+from doubles import DEPTH, K_UNKNOWN, SIZE, SPEED, STEP, TURN  # noqa: E402
 
 tf2_msgs = pytest.importorskip("tf2_msgs.msg", reason="needs tf2_msgs (scripts/build_tf2_msgs.sh)")
 
@@ -40,11 +41,13 @@ STEREO = "0.2 0.0 0.5 -0.5 0.5 -0.5 0.5"  # a forward-looking camera 0.2 m ahead
 class Rig:
     """Publishes images to a node in another process and collects all that it says."""
 
-    def __init__(self, tmp_path: Path, *parameters: str, script: bool = True, best_effort: bool = False) -> None:
+    def __init__(
+        self, tmp_path: Path, *parameters: str, engine: str = "ScriptedEngine", best_effort: bool = False
+    ) -> None:
         self.log_path = tmp_path / "node.log"
         self.log = open(self.log_path, "w")
-        module = [str(ROOT / "test" / "doubles.py")] if script else ["-m", "speed3r_ros.recon_node"]
-        if script:  # its motion is not that of its images
+        module = [str(ROOT / "test" / "doubles.py"), engine] if engine else ["-m", "speed3r_ros.recon_node"]
+        if engine == "ScriptedEngine":  # its motion is not that of its images
             parameters = (*parameters, "odometry.features:=0")
         arguments = ["--ros-args"] + [x for p in parameters for x in ("-p", p)]
         self.process = subprocess.Popen(
@@ -267,6 +270,41 @@ def test_every_message_against_its_standard(rig):
     values = {v.key: v.value for s in (tracking, throughput) for v in s.values}
     assert values["processed"] == "8" and values["tracking"] == "tracking" and "unknown" in values["scale"]
     assert float(values["latency_p95_ms"]) < 1000 and int(values["memory_mb"]) > 10
+    assert r.close() == 0
+
+
+def test_frames_that_the_network_has_no_time_for_are_followed(rig):
+    """A textured wall slides by faster than a slow network takes frames: features give the poses in between."""
+    r = rig("frames.base_to_camera:='0 0 0 0 0 0 1'", "odometry.between:=4", engine="SlowEngine")
+    r.info()
+    texture = r.rng.integers(0, 255, (24, 60, 3), dtype=np.uint8)
+    wall = cv2.resize(texture, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
+    start, period, count = 1_700_000_000_000_000_000, 70_000_000, 40
+    for i in range(count):
+        left = np.float32([[1, 0, -20 - i * period / 1e9 * SPEED[0] * K[0] / DEPTH], [0, 1, -20]])
+        pixels = cv2.warpAffine(wall, left, SHAPE[::-1])
+        r.images.publish(r.image(start + i * period, pixels=pixels))
+        r.spin(period / 1e9)
+    r.wait(lambda: r.heard["pose"] and stamp(r.heard["pose"][-1]) == start + (count - 1) * period, 10, "the last pose")
+    r.wait(lambda: r.heard["points"] and stamp(r.heard["points"][-1]) == stamp(r.heard["pose"][-1]), 10, "its points")
+    r.heard["/diagnostics"].clear()
+    r.wait(lambda: r.heard["/diagnostics"], 5, "diagnostics")
+
+    stamps = [stamp(m) for m in r.heard["pose"]]
+    seen = [stamp(m) for m in r.heard["depth/image"]]
+    assert stamps == sorted(set(stamps)) and set(seen) < set(stamps)
+    assert len(stamps) > 2 * len(seen) and [stamp(m) for m in r.heard["points"]] == seen
+    numbers = [stamps.index(s) for s in seen]
+    assert max(np.diff(numbers)) <= 5  # the network's turn comes
+    for message in r.heard["pose"]:
+        p = message.pose.pose.position
+        moved = SPEED[0] * (stamp(message) - start) / 1e9  # to the right
+        np.testing.assert_allclose([p.x, p.y, p.z], [0, -moved, 0], atol=0.03)
+    assert [stamp(m) for m in r.heard["odometry"]] == stamps
+    throughput = r.heard["/diagnostics"][-1].status[1]
+    values = {v.key: v.value for v in throughput.values}
+    assert int(values["processed"]) + int(values["dropped"]) <= int(values["received"]) == count
+    assert float(values["network_hz"]) < float(values["processed_hz"])
     assert r.close() == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speed3r_ros.mapping.geometry import inverse, rotation_angle
-from speed3r_ros.mapping.odometry import Odometry
+from speed3r_ros.mapping.odometry import Odometry, View
 from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error
 from speed3r_ros.model.types import Estimate, Tracking
 from speed3r_ros.training.render import SceneDataset
@@ -94,6 +94,60 @@ def test_better_than_the_network(sequence):
     assert angle < np.radians(5)
     again = refined(sequence, estimates)
     assert all((a.T_world_cam == b.T_world_cam).all() for a, b in zip(got, again))
+
+
+def test_frames_between_the_networks_are_followed(sequence):
+    """With the network at every fourth frame only, the frames between get poses as good, and new landmarks with depth."""
+    images, T_true, depth, K = sequence
+    estimates = network(sequence, np.random.default_rng())
+    odometry, poses, keyframes = Odometry(), [], set()
+    for i, (image, estimate) in enumerate(zip(images, estimates)):
+        poses.append(odometry.refine(image, estimate, True).T_world_cam if i % 4 == 0 else odometry.follow(image, K))
+        keyframes.add(odometry._keyframes[-1].number % 4)
+    got = [replace(estimate, T_world_cam=T) for estimate, T in zip(estimates, poses)]
+    assert error(got, T_true) < 0.7 * error(estimates, T_true)
+    assert len(keyframes) > 1
+
+
+def test_following_needs_landmarks_of_the_same_camera(sequence):
+    images, _, _, K = sequence
+    estimate = network(sequence, np.random.default_rng())[0]
+    odometry = Odometry()
+    assert odometry.follow(images[0], K) is None  # nothing is known yet
+    odometry.refine(images[0], estimate, True)
+    plain = np.full((*SIZE, 3), 90, np.uint8)
+    for image, K_now in ((images[1][::2], K), (images[1], None), (plain, K), (images[1], K * np.nan)):
+        before = odometry._last, odometry._number, len(odometry._keyframes), odometry._points.copy()
+        assert odometry.follow(image, K_now) is None
+        after = odometry._last, odometry._number, len(odometry._keyframes)
+        assert after == before[:3] and (odometry._points == before[3]).all()
+    assert odometry.follow(images[1], K) is not None
+
+
+def test_carried_depth_is_what_the_other_view_would_see(sequence):
+    images, T_true, depth, K = sequence
+    source, here = (
+        View(
+            i,
+            cv2.cvtColor(images[i], cv2.COLOR_RGB2GRAY),
+            True,
+            K,
+            T_true[i],
+            0.5,
+            T_true[i],
+            2 * depth[i],
+            np.ones(SIZE),
+        )
+        for i in (3, 6)
+    )
+    here.depth = None
+    here.carry_depth(source)
+    h, w = here.depth.shape
+    true = cv2.resize(depth[6], (w, h), interpolation=cv2.INTER_AREA)
+    seen = np.isfinite(here.depth)
+    off = np.abs(np.log(here.scale * here.depth[seen] / true[seen]))
+    assert seen.mean() > 0.5 and np.median(off) < 0.05 and (off < 0.3).mean() > 0.8
+    assert (here.confidence[seen] == 1).all() and (here.confidence[~seen] == 0).all()
 
 
 def test_depth_follows_the_scale_of_the_past(sequence):

@@ -87,6 +87,7 @@ def make_results(rng, count=50, **changes):
         colors=rng.integers(0, 256, (2000, 3), dtype=np.uint8),
         latency_s=rng.uniform(0.01, 0.2, count - 10),
         wall_s=100 + np.arange(count - 10) * 0.25,
+        depth_wall_s=100 + np.arange(count // 4) * 1.0,
         live=True,
         lost={"black frame (mean 3 of 255): check <the cap>": 4},
         settings={"engine.window": 4},
@@ -108,7 +109,7 @@ def test_the_numbers_on_the_page_are_the_known_ones(rng, tmp_path):
     assert numbers["ate"] == pytest.approx(0, abs=1e-9)
     assert numbers["scale"] == pytest.approx(2.5)
     assert numbers["coverage"] == pytest.approx(40 / 50)
-    assert numbers["rate"] == pytest.approx(4)
+    assert numbers["rate"] == pytest.approx(4) and numbers["depth_rate"] == pytest.approx(1)
     assert numbers["latency_p50_ms"] == pytest.approx(1e3 * np.median(results.latency_s))
     assert numbers["latency_p95_ms"] == pytest.approx(1e3 * np.quantile(results.latency_s, 0.95))
     assert numbers["dropped"] == 57 - 40 - 4
@@ -190,8 +191,8 @@ def test_standing_still_is_scored_not_crashed(rng):
 
 
 def test_rate_and_drops():
-    results = Results("x", 20, Trajectory(), wall_s=np.array([1.0, 2.0, 5.0]), lost={"black": 3})
-    assert rate(results) == pytest.approx(0.5) and dropped(results) == 17
+    assert dropped(Results("x", 20, Trajectory(), lost={"black": 3})) == 17
+    assert rate(np.array([1.0, 2.0, 5.0])) == pytest.approx(0.5) and np.isnan(rate(np.array([1.0])))
 
 
 def test_views_are_level_and_follow_the_motion(rng):
