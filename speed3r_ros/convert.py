@@ -353,13 +353,14 @@ def odometry_message(
     )
 
 
-def path_message(stamps_ns: np.ndarray, poses: np.ndarray, stamp_ns: int, frame_id: str, types: Any = ros_types) -> Any:
-    """Poses (N, 4, 4) with their stamps -> Path."""
-    items = [
-        types.make("geometry_msgs/msg/PoseStamped", header=_header(int(stamp), frame_id, types), pose=_pose(T, types))
-        for stamp, T in zip(stamps_ns, poses)
-    ]
-    return types.make("nav_msgs/msg/Path", header=_header(stamp_ns, frame_id, types), poses=items)
+def stamped_pose_message(T: np.ndarray, stamp_ns: int, frame_id: str, types: Any = ros_types) -> Any:
+    """Pose (4, 4) -> PoseStamped, of which paths are made."""
+    return types.make("geometry_msgs/msg/PoseStamped", header=_header(stamp_ns, frame_id, types), pose=_pose(T, types))
+
+
+def path_message(poses: list[Any], types: Any = ros_types) -> Any:
+    """PoseStamped messages, one at least -> Path, with the header of the last."""
+    return types.make("nav_msgs/msg/Path", header=poses[-1].header, poses=poses)
 
 
 def transform_message(T: np.ndarray, stamp_ns: int, frame_id: str, child_frame_id: str, types: Any = ros_types) -> Any:

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from geometry_msgs.msg import PoseWithCovarianceStamped
+from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry, Path
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy._rclpy_pybind11 import RCLError
@@ -39,7 +40,6 @@ from speed3r_ros.diagnostics import Statistics, diagnostics_message
 from speed3r_ros.frames import Broadcaster, Extrinsics, ForeignOdometry
 from speed3r_ros.mapping.geometry import T_link_optical, inverse
 from speed3r_ros.mapping.point_map import write_ply
-from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame, Tracking
 from speed3r_ros.outputs import WorldFrame
@@ -136,7 +136,7 @@ class ReconNode(Node):
         self._first_image = 0.0
         self._map_version = 0
         self._told: set[str] = set()
-        self._path = Trajectory(self.config.path.max_length)
+        self._path: deque[PoseStamped] = deque(maxlen=self.config.path.max_length)
         self.extrinsics = Extrinsics(self, self.config.frames.base, self.config.frames.base_to_camera)
         self.broadcaster = Broadcaster(self)
         self._create_outputs()
@@ -317,8 +317,6 @@ class ReconNode(Node):
                 self._correction = T @ inverse(T_odom_base)
             self._frame_id, self._image_clock = frame_id, (received.clock_ns, stamp_ns - received.clock_ns)
             self._last_pose = stamp_ns, T
-            with self._path_lock:
-                self._path.append(stamp_ns, T)
             self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist, self._epoch))
 
     def _estimate(self, frame: Frame) -> Estimate | None:
@@ -420,6 +418,10 @@ class ReconNode(Node):
             self.pose_pub.publish(
                 convert.pose_message(answer.T_odom_base, estimate.pose_sigma, stamp, config.frames.map)
             )
+        stamped = convert.stamped_pose_message(answer.T_odom_base, stamp, config.frames.map)
+        with self._path_lock:
+            if answer.epoch == self._epoch:
+                self._path.append(stamped)
         if self.odometry_pub.get_subscription_count():
             self.odometry_pub.publish(
                 convert.odometry_message(
@@ -448,9 +450,9 @@ class ReconNode(Node):
 
     def _publish_path(self) -> None:
         with self._path_lock:
-            stamps, poses = self._path.stamps_ns, self._path.poses
-        if len(stamps):
-            self.path_pub.publish(convert.path_message(stamps, poses, int(stamps[-1]), self.config.frames.map))
+            poses = list(self._path)
+        if poses:
+            self.path_pub.publish(convert.path_message(poses))
 
     def _publish_map(self) -> None:
         version, last = self.pipeline.map_version, self._last_pose

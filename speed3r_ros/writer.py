@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from speed3r_ros import convert
 from speed3r_ros.config import Config
 from speed3r_ros.convert import bag_types
 from speed3r_ros.mapping.geometry import T_link_optical
-from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.types import Estimate
 from speed3r_ros.outputs import WorldFrame, parse_pose
 from speed3r_ros.pipeline import cloud, valid_depth
@@ -34,7 +34,7 @@ class OutputBag:
         given, base = config.frames.base_to_camera, config.frames.base
         level = T_link_optical if base and base != self._camera else np.eye(4)
         self._world = WorldFrame(parse_pose(given) if given else level)
-        self._path = Trajectory(config.path.max_length)
+        self._path: deque[Any] = deque(maxlen=config.path.max_length)
         self._static_sent = False
 
     def __enter__(self) -> OutputBag:
@@ -42,12 +42,9 @@ class OutputBag:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if len(self._path):
-            stamps = self._path.stamps_ns
-            message = convert.path_message(
-                stamps, self._path.poses, int(stamps[-1]), self._config.frames.map, types=bag_types
-            )
-            self._send("/path", "nav_msgs/msg/Path", message, int(stamps[-1]))
+        if self._path:
+            message = convert.path_message(list(self._path), types=bag_types)
+            self._send("/path", "nav_msgs/msg/Path", message, convert.stamp_to_ns(message.header.stamp))
         self._writer.close()
 
     def _send(self, topic: str, kind: str, message: Any, stamp_ns: int) -> None:
@@ -66,7 +63,7 @@ class OutputBag:
         config, stamp, sigma = self._config, estimate.stamp_ns, estimate.pose_sigma
         frames, base = config.frames, config.frames.base or self._camera
         T = self._world.base(estimate.T_world_cam)
-        self._path.append(stamp, T)
+        self._path.append(convert.stamped_pose_message(T, stamp, frames.map, types=bag_types))
         if not self._static_sent and base != self._camera:
             self._transforms("/tf_static", stamp, (self._world.T_base_cam, base, self._camera))
             self._static_sent = True
