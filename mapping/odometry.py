@@ -101,6 +101,14 @@ class View:
         self.depth, self.confidence = np.full((h, w), np.nan), np.zeros((h, w))
         self.depth[v, u] = camera[seen, 2] / self.scale
         self.confidence[v, u] = source.confidence[y[seen], x[seen]]
+        holes = np.isnan(self.depth)  # where the camera turned to: what is next to it is a fair guess
+        if not holes.all():
+            _, nearest = cv2.distanceTransformWithLabels(
+                holes.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+            )
+            source_of = np.zeros(nearest.max() + 1, int)
+            source_of[nearest[~holes]] = np.flatnonzero(~holes)
+            self.depth, self.confidence = (z.reshape(-1)[source_of[nearest]] for z in (self.depth, self.confidence))
 
     def observe(self, ids: np.ndarray, pixels: np.ndarray) -> None:
         """Add landmarks that this view sees."""
