@@ -44,7 +44,12 @@ RECENT = 3  # keyframes that keypoints are matched with
 KEYPOINTS = 800
 DISTINCT = 0.8  # Lowe's ratio
 
-TRACKER = dict(winSize=(17, 17), maxLevel=4, criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 0.03))
+TRACKER = dict(
+    winSize=(17, 17),
+    maxLevel=4,
+    criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 0.03),
+    flags=cv2.OPTFLOW_USE_INITIAL_FLOW,
+)
 
 
 @dataclass
@@ -143,6 +148,7 @@ class Odometry:
         self._last: View | None = None
         self._last_estimated: View | None = None
         self._number = 0
+        self._motion = np.eye(4)  # of the camera, from the view before the last to the last
         self._scale = 1.0
         self._K: np.ndarray | None = None  # of an uncalibrated camera, at the size of the grey images
         self._focal_information = FOCAL_NETWORK**-2 + FOCAL_USUAL**-2
@@ -172,8 +178,8 @@ class Odometry:
         else:
             self.tracked = self._match(view)
             self._add_keyframe(view)
-        self._last = self._last_estimated = view
-        self._number += 1
+        self._last_estimated = view
+        self._go_on(view)
         h, w = estimate.depth.shape
         return replace(
             estimate,
@@ -190,15 +196,19 @@ class Odometry:
         if last is None or last.grey.shape != grey.shape or last.calibrated != (K is not None):
             return None
         K = last.K if K is None else resize_intrinsics(K, image.shape[:2], grey.shape)
-        view = View(self._number, grey, last.calibrated, K, last.T_world_cam, self._scale)
-        if not self._track(last, view):
+        view = View(self._number, grey, last.calibrated, K, last.T_world_cam @ self._motion, self._scale)
+        if not self._track(last, view, self._shift(last, view)):
             return None
         if self._is_due(view):
             view.carry_depth(self._last_estimated)
             self._add_keyframe(view)
+        self._go_on(view)
+        return view.T_world_cam
+
+    def _go_on(self, view: View) -> None:
+        self._motion = np.eye(4) if self._last is None else inverse(self._last.T_world_cam) @ view.T_world_cam
         self._last = view
         self._number += 1
-        return view.T_world_cam
 
     @staticmethod
     def _likely(view: View) -> np.ndarray:
@@ -216,12 +226,28 @@ class Odometry:
     def _points_of(self, ids: np.ndarray) -> np.ndarray:
         return self._points[np.searchsorted(self._ids, ids)]
 
-    def _track(self, last: View, view: View) -> bool:
-        """Follow the last view's landmarks into this one and solve its pose; False when that fails."""
+    def _shift(self, last: View, view: View) -> np.ndarray:
+        """How far (M, 2) the last view's landmarks move in the image if the view's guessed pose is right."""
+        points, pixels = self._points_of(last.ids), []
+        for T_world_cam in (last.T_world_cam, view.T_world_cam):
+            T = inverse(T_world_cam)
+            camera = points @ T[:3, :3].T + T[:3, 3]
+            ray = camera[:, :2] / np.where(camera[:, 2:] > 0, camera[:, 2:], np.nan)
+            pixels.append(ray * [view.K[0, 0], view.K[1, 1]])
+        shift = pixels[1] - pixels[0]
+        wild = ~(np.abs(shift) < view.grey.shape[1] / 4).all(1)
+        shift[wild] = 0 if wild.all() else np.median(shift[~wild], axis=0)
+        return shift
+
+    def _track(self, last: View, view: View, shift: np.ndarray | float = 0.0) -> bool:
+        """Follow the last view's landmarks, which have moved by about `shift` pixels, into this one and solve its pose;
+        False when that fails."""
         if len(last.ids) < LEAST:
             return False
-        pixels, found, _ = cv2.calcOpticalFlowPyrLK(last.grey, view.grey, last.pixels, None, **TRACKER)
-        back, found_back, _ = cv2.calcOpticalFlowPyrLK(view.grey, last.grey, pixels, None, **TRACKER)
+        guess = (last.pixels + shift).astype(np.float32)
+        pixels, found, _ = cv2.calcOpticalFlowPyrLK(last.grey, view.grey, last.pixels, guess, **TRACKER)
+        guess = (pixels - shift).astype(np.float32)
+        back, found_back, _ = cv2.calcOpticalFlowPyrLK(view.grey, last.grey, pixels, guess, **TRACKER)
         height, width = view.grey.shape
         good = (found[:, 0] > 0) & (found_back[:, 0] > 0) & (np.abs(back - last.pixels).max(1) < 0.7)
         good &= (pixels >= 2).all(1) & (pixels < [width - 3, height - 3]).all(1)

@@ -8,3 +8,5 @@ __version__ = "0.1.0"
 # step tens of times slower (docs/benchmarks.md); a short spin costs nothing. Read when torch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# NumPy's matrices are small here: threads of their own take a third of a core and save no time. Read when numpy is.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
