@@ -89,7 +89,7 @@ class View:
         return camera @ self.T_world_cam[:3, :3].T + self.T_world_cam[:3, 3], trusted
 
     def carry_depth(self, source: View) -> None:
-        """Take over the depth of another view, seen from here; NaN where that saw nothing."""
+        """Take over the depth of another view, seen from here; what that did not see gets the depth next to it."""
         (height, width), (h, w) = source.grey.shape, source.depth.shape
         y, x = np.mgrid[0:h:2, 0:w:2].reshape(2, -1)
         pixels = (np.stack([x, y], 1) + 0.5) * [width / w, height / h] - 0.5
@@ -106,7 +106,7 @@ class View:
         self.depth, self.confidence = np.full((h, w), np.nan), np.zeros((h, w))
         self.depth[v, u] = camera[seen, 2] / self.scale
         self.confidence[v, u] = source.confidence[y[seen], x[seen]]
-        holes = np.isnan(self.depth)  # where the camera turned to: what is next to it is a fair guess
+        holes = np.isnan(self.depth)  # where the camera turned to; without landmarks there it would lose track
         if not holes.all():
             _, nearest = cv2.distanceTransformWithLabels(
                 holes.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL

@@ -144,7 +144,8 @@ class ReconNode(Node):
         self._mapper = Worker("map", Mailbox(16), self._integrate, self._report)
         self._slow_publisher = Worker("publish slow", Mailbox(2), lambda publish: publish(), self._report)
         self._between = 0  # frames that were only followed since the network's last
-        waiting = Mailbox(1 + self.config.odometry.between, spread=True)
+        self._most_between = self.config.odometry.between if self.pipeline.odometry else 0
+        waiting = Mailbox(1 + self._most_between, spread=True)
         self._computer = Worker("compute", waiting, self._compute, self._report)
         self._create_inputs()
         engine = self.pipeline.engine
@@ -321,7 +322,7 @@ class ReconNode(Node):
 
     def _estimate(self, frame: Frame) -> Estimate | None:
         """Of the frames that wait, the network gets the newest; poses of the others come from features, or not at all."""
-        if len(self._computer.mailbox) and self._between < self.config.odometry.between:
+        if len(self._computer.mailbox) and self._between < self._most_between:
             self._between += 1
             return self.pipeline.follow(frame)
         self._between = 0
