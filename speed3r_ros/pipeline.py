@@ -144,12 +144,12 @@ def cloud(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Valid points (N, 3) float32 in the camera's optical frame, colours (N, 3) uint8, confidences (N,).
 
-    With more than `most` > 0 of them, an even random subset.
+    With more than `most` > 0 of them, an even subset.
     """
     depth, K = valid_depth(estimate, config), estimate.K
     index = np.flatnonzero(np.isfinite(depth) & (estimate.confidence >= min_confidence))
     if most and len(index) > most:
-        index = index[np.random.default_rng(0).choice(len(index), most, replace=False, shuffle=False)]
+        index = index[np.arange(most) * len(index) // most]
     height, width = depth.shape
     points = np.empty((height, width, 3), np.float32)
     points[..., 0] = depth * ((np.arange(width) - K[0, 2]) / K[0, 0]).astype(np.float32)
