@@ -76,6 +76,8 @@ class SlowEngine(ScriptedEngine):
     def push(self, frame: Frame) -> Estimate:
         time.sleep(SLOWNESS)
         first, estimate = self.T is None, super().push(frame)
+        if estimate.tracking is Tracking.LOST:
+            return estimate
         self.start = frame.stamp_ns if first else self.start
         T = np.eye(4)
         T[:3, 3] = SPEED * (frame.stamp_ns - self.start) / 1e9

@@ -273,17 +273,25 @@ def test_every_message_against_its_standard(rig):
     assert r.close() == 0
 
 
+def textured_wall(rng) -> np.ndarray:
+    texture = rng.integers(0, 255, (24, 60, 3), dtype=np.uint8)
+    return cv2.resize(texture, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
+
+
+def seen_after(seconds: float, wall: np.ndarray) -> np.ndarray:
+    """The image of a wall at DEPTH, of a camera that moves at SPEED."""
+    left = np.float32([[1, 0, -20 - seconds * SPEED[0] * K[0] / DEPTH], [0, 1, -20]])
+    return cv2.warpAffine(wall, left, SHAPE[::-1])
+
+
 def test_frames_that_the_network_has_no_time_for_are_followed(rig):
     """A textured wall slides by faster than a slow network takes frames: features give the poses in between."""
     r = rig("frames.base_to_camera:='0 0 0 0 0 0 1'", "odometry.between:=4", engine="SlowEngine")
     r.info()
-    texture = r.rng.integers(0, 255, (24, 60, 3), dtype=np.uint8)
-    wall = cv2.resize(texture, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
+    wall = textured_wall(r.rng)
     start, period, count = 1_700_000_000_000_000_000, 70_000_000, 40
     for i in range(count):
-        left = np.float32([[1, 0, -20 - i * period / 1e9 * SPEED[0] * K[0] / DEPTH], [0, 1, -20]])
-        pixels = cv2.warpAffine(wall, left, SHAPE[::-1])
-        r.images.publish(r.image(start + i * period, pixels=pixels))
+        r.images.publish(r.image(start + i * period, pixels=seen_after(i * period / 1e9, wall)))
         r.spin(period / 1e9)
     r.wait(lambda: r.heard["pose"] and stamp(r.heard["pose"][-1]) == start + (count - 1) * period, 10, "the last pose")
     r.wait(lambda: r.heard["points"] and stamp(r.heard["points"][-1]) == stamp(r.heard["pose"][-1]), 10, "its points")
@@ -305,6 +313,34 @@ def test_frames_that_the_network_has_no_time_for_are_followed(rig):
     values = {v.key: v.value for v in throughput.values}
     assert int(values["processed"]) + int(values["dropped"]) <= int(values["received"]) == count
     assert float(values["network_hz"]) < float(values["processed_hz"])
+    assert r.close() == 0
+
+
+def test_a_slow_network_survives_all_that_may_come_between(rig):
+    """Dark frames, another size, a gap, a jump back, resets, a pause and bad messages, faster than the network answers."""
+    r = rig("frames.base_to_camera:='0 0 0 0 0 0 1'", "odometry.between:=3", engine="SlowEngine")
+    r.info()
+    wall, now, period = textured_wall(r.rng), 1_700_000_000_000_000_000, 40_000_000
+    for i in range(120):
+        k = i % 60
+        now += 20_000_000_000 if k == 30 else -5_000_000_000 if k == 40 else period
+        pixels = seen_after(k * period / 1e9, wall) * (not 10 <= k < 16)
+        if 20 <= k < 24:
+            pixels = pixels[:90, :100].copy()
+        if k == 45:
+            assert r.call(Trigger, "speed3r/reset").success
+        if k in (50, 52):
+            assert r.call(SetBool, "speed3r/pause", data=k == 50).success
+        r.images.publish(r.image(now, shape=pixels.shape[:2], pixels=pixels, **({"step": 3} if k == 34 else {})))
+        r.spin(period / 1e9)
+    r.spin(2.0)
+    poses = len(r.heard["pose"])
+    for i in range(30):
+        now += period
+        r.images.publish(r.image(now, pixels=seen_after(i * period / 1e9, wall)))
+        r.spin(period / 1e9)
+    r.wait(lambda: len(r.heard["pose"]) >= poses + 10, 10, "poses again")
+    assert "Error" not in r.text() and "Traceback" not in r.text()
     assert r.close() == 0
 
 
