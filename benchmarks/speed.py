@@ -12,6 +12,10 @@ import argparse
 import platform
 import time
 
+import speed3r_ros  # noqa: F401  before torch: it sets how OpenMP's threads wait
+
+# isort: split
+
 import numpy as np
 import psutil
 import torch
@@ -84,7 +88,7 @@ def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=600)
-    parser.add_argument("--precision", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--precision", nargs="*", default=["bf16", "fp32"], help="on a CPU without bf16: int8 fp32")
     parser.add_argument("--attention", nargs="*", default=["speed3r", "dense"])
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()

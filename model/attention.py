@@ -11,6 +11,7 @@ block-major order), G = P / 16 blocks per frame, H heads, D head width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,15 +83,26 @@ def speed3r(q: Tokens, k: Tokens, v: Tokens, fine: Tensor, coarse: Tensor, speci
     weights = scores.masked_fill(~coarse, -torch.inf).softmax(-1)
     compressed = (weights.to(v.pooled.dtype) @ v.pooled).unflatten(2, (frames, blocks))
 
-    visible = fine.repeat_interleave(blocks, 1).repeat_interleave(blocks, 2).unsqueeze(1)
-    chosen = select_blocks(scores.detach()[..., : resident * blocks], visible, top_k)
-    bias = token_bias(chosen, fine, blocks, length, specials, q.fine.dtype)
-    selected = F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=bias)
+    gather = frames == 1 and batch == 1 and q.fine.device.type == "cpu" and not q.fine.requires_grad
+    select = select_by_gathering if gather else select_by_mask
+    selected = select(q, k, v, scores.detach()[..., : resident * blocks], fine, specials, top_k)
     selected = selected.unflatten(2, (frames, length))
 
     gate = q.gate.unflatten(2, (frames, length))[:, :, :, specials:]
     patches = gate[..., :1] * compressed.repeat_interleave(BLOCK, 3) + gate[..., 1:] * selected[:, :, :, specials:]
     return torch.cat([selected[:, :, :, :specials], patches], 3).flatten(2, 3)
+
+
+def select_by_mask(q: Tokens, k: Tokens, v: Tokens, scores: Tensor, fine: Tensor, specials: int, top_k: int) -> Tensor:
+    """Fine attention under a mask of the blocks that `scores` (B, H, T * G, N * G) chooses: (B, H, T * L, D).
+
+    For any number of query frames, and differentiable; but all pairs of tokens are computed, whatever is chosen.
+    """
+    length, blocks = q.fine.shape[2] // fine.shape[1], q.pooled.shape[2] // fine.shape[1]
+    visible = fine.repeat_interleave(blocks, 1).repeat_interleave(blocks, 2).unsqueeze(1)
+    chosen = select_blocks(scores, visible, top_k)
+    bias = token_bias(chosen, fine, blocks, length, specials, q.fine.dtype)
+    return F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=bias)
 
 
 def token_bias(chosen: Tensor, fine: Tensor, blocks: int, length: int, specials: int, dtype: torch.dtype) -> Tensor:
@@ -103,6 +115,44 @@ def token_bias(chosen: Tensor, fine: Tensor, blocks: int, length: int, specials:
     group = (torch.arange(length, device=fine.device) - specials).div(BLOCK, rounding_mode="floor").clamp(min=-1) + 1
     bias = torch.zeros(groups.shape, dtype=dtype, device=fine.device).masked_fill_(~groups, -torch.inf)
     return bias.index_select(-1, group).index_select(3, group).flatten(4, 5).flatten(2, 3)
+
+
+def select_by_gathering(
+    q: Tokens, k: Tokens, v: Tokens, scores: Tensor, fine: Tensor, specials: int, top_k: int
+) -> Tensor:
+    """The same for one frame of one sequence, (1, H, L, D), on copies of the chosen keys and values.
+
+    Head by head, so that the copies stay in the CPU's cache: copied for all heads at once it is slower than the mask.
+    """
+    heads, length, width = q.fine.shape[1:]
+    blocks, resident = q.pooled.shape[2], fine.shape[2]
+    hidden = ~fine[0, 0]
+    best = scores[0].masked_fill(hidden.repeat_interleave(blocks), -torch.inf).topk(min(top_k, scores.shape[-1]), -1)
+
+    unit = math.gcd(specials, BLOCK)  # tokens that are copied as one row
+    block = best.indices // blocks * length + specials + best.indices % blocks * BLOCK  # (H, G, K), its first token
+    special = torch.arange(resident)[:, None] * length + torch.arange(0, specials, unit)
+    rows = (block[..., None] + torch.arange(0, BLOCK, unit)).flatten(2)
+    rows = torch.cat([rows, special.flatten().expand(heads, blocks, -1)], 2) // unit
+    unseen = torch.cat(
+        [best.values.isinf().repeat_interleave(BLOCK, 2), hidden.repeat_interleave(specials).expand(heads, blocks, -1)],
+        2,
+    )
+    bias = torch.zeros(unseen.shape, dtype=q.fine.dtype).masked_fill_(unseen, -torch.inf)[:, :, None, None]
+
+    out = torch.empty_like(q.fine[0])
+    dense_bias = torch.zeros(1, resident * length, dtype=q.fine.dtype).masked_fill_(
+        hidden.repeat_interleave(length), -torch.inf
+    )
+    out[:, :specials] = F.scaled_dot_product_attention(q.fine[:, :, :specials], k.fine, v.fine, attn_mask=dense_bias)[0]
+    queries = q.fine[0, :, specials:].unflatten(1, (blocks, 1, BLOCK))
+    chosen = q.fine.new_empty(2, rows[0].numel(), unit * width)  # one buffer for all heads
+    keys, values = chosen.view(2, blocks, 1, -1, width)
+    for h in range(heads):
+        for x, copy in zip((k, v), chosen):
+            torch.index_select(x.fine[0, h].view(-1, unit * width), 0, rows[h].flatten(), out=copy)
+        out[h, specials:] = F.scaled_dot_product_attention(queries[h], keys, values, attn_mask=bias[h]).flatten(0, 2)
+    return out[None]
 
 
 STRATEGIES = {"dense": dense, "speed3r": speed3r}

@@ -47,7 +47,9 @@ class EngineConfig:
     attention: str = setting("speed3r", "global attention strategy", choices=("speed3r", "dense"))
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = setting(
-        "auto", "of matrix products; auto = bf16 where the hardware has it, else fp32", choices=("auto", "fp32", "bf16")
+        "auto",
+        "of matrix products; auto = bf16 where the hardware has it, else int8 (x86 CPUs) or fp32",
+        choices=("auto", "fp32", "bf16", "int8"),
     )
     threads: int = setting(0, "CPU threads of the network; 0 = all cores", low=0, high=256)
     window: int = setting(4, "recent frames whose fine keys and values stay in memory", low=1, high=64)

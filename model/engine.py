@@ -22,6 +22,7 @@ from speed3r_ros.model.config import EngineConfig, check
 from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Network, Prediction
+from speed3r_ros.model.quantised import Int8Linear
 from speed3r_ros.model.types import Estimate, Frame, Tracking, resize_intrinsics
 
 HANDOVER = 3  # keyframes shared by consecutive segments
@@ -57,14 +58,17 @@ def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
             "engine.device = 'cuda': torch sees no CUDA GPU; use auto or cpu, or install a CUDA build of torch"
         )
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    int8 = device.type == "cpu" and Int8Linear.supported()
+    if config.precision == "int8" and not int8:
+        raise ValueError("engine.precision = 'int8': needs an x86 CPU with AVX2; use auto, bf16 or fp32")
     if config.precision != "auto":
-        return device, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    fast = (
+        return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[config.precision]
+    bf16 = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cuda"
         else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    return device, torch.bfloat16 if fast else torch.float32
+    return device, torch.bfloat16 if bf16 else torch.int8 if int8 else torch.float32
 
 
 def ray_map(K: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -151,7 +155,7 @@ class Engine:
             config.window,
             config.anchors,
             config.bank,
-            self.dtype,
+            torch.float32 if self.dtype == torch.int8 else self.dtype,
             self.device,
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from speed3r_ros.model.attention import BLOCK, STRATEGIES, Tokens, pool_blocks
 from speed3r_ros.model.memory import Memory
+from speed3r_ros.model.quantised import Int8Linear
 
 NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
 IMAGE_MEAN, IMAGE_STD = 0.45, 0.25
@@ -71,15 +72,15 @@ class Prediction:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """2-D rotary embedding, half of the head for each axis: x (F, L, H, D), tables (1, L, 1, D)."""
-    a, b, c, d = x.chunk(4, -1)
-    return x * cos + torch.cat([-b, a, -d, c], -1) * sin
+    """2-D rotary embedding, half of the head for each axis: x (F, L, 2, H, D), tables (1, L, 1, 1, D), sin with signs."""
+    swapped = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Normalise each head's vector, in float32."""
     x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+    return x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight)
 
 
 def rotation_from_6d(x: Tensor) -> Tensor:
@@ -90,8 +91,10 @@ def rotation_from_6d(x: Tensor) -> Tensor:
     return torch.stack([a, b, torch.linalg.cross(a, b)], -1)
 
 
-def compute_dtype(layer: nn.Linear) -> torch.dtype:
-    """What the layer multiplies in: autocast's type while training, else the type that its weights are stored in."""
+def compute_dtype(layer: nn.Linear | Int8Linear) -> torch.dtype:
+    """What the layer takes: autocast's type while training, else the type that its weights are stored in."""
+    if isinstance(layer, Int8Linear):
+        return torch.float32
     device = layer.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
 
@@ -113,23 +116,25 @@ class Block(nn.Module):
         for layer in (self.proj, self.fc2):
             layer.weight.data.mul_(residual_gain)
 
-    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw q, k, v (F, L, H, D) of normalised input h (F, L, C)."""
-        return self.qkv(h).unflatten(-1, (3, -1, self.head_width)).unbind(2)
+    def normalise(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw qkv (F, L, 3, H, D) -> q, k, v (F, H, L, D): queries and keys normalised, then rotated."""
+        weight = torch.stack([self.q_norm, self.k_norm])[:, None]
+        q, k = rotate(rms_norm(qkv[:, :, :2], weight), cos, sin).to(qkv.dtype).transpose(1, 3).unbind(2)
+        return q, k, qkv[:, :, 2].transpose(1, 2)
+
+    def project(self, h: Tensor) -> Tensor:
+        """Normalised input (F, L, C) -> raw qkv (F, L, 3, H, D)."""
+        return self.qkv(h).unflatten(-1, (3, -1, self.head_width))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input (F, L, C) -> q, k, v (F, H, L, D)."""
-        dtype = compute_dtype(self.qkv)
-        q, k, v = self.project(self.norm1(x).to(dtype))
-        q = rotate(rms_norm(q, self.q_norm), cos, sin).to(dtype)
-        k = rotate(rms_norm(k, self.k_norm), cos, sin).to(dtype)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return self.normalise(self.project(self.norm1(x).to(compute_dtype(self.qkv))), cos, sin)
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C)."""
         x = x + self.proj(attended.transpose(1, 2).flatten(2)).float()
         h = self.norm2(x).to(attended.dtype)
-        return x + self.fc2(F.gelu(self.fc1(h), approximate="tanh")).float()
+        return x + self.fc2(F.gelu(self.fc1(h))).float()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(F, L, C) -> (F, L, C)."""
@@ -150,21 +155,12 @@ class GlobalBlock(Block):
 
     def before_global(self, x: Tensor, cos: Tensor, sin: Tensor, cos_g: Tensor, sin_g: Tensor) -> tuple[Tensor, ...]:
         """(F, L, C) -> fine q, k, v (F, H, L, D), pooled q, k, v (F, H, G, D), gate (F, H, L, 2)."""
-        dtype = compute_dtype(self.qkv)
-        h = self.norm1(x).to(dtype)
-        q, k, v = self.project(h)
-        pooled = [pool_blocks(y.float(), self.specials) for y in (q, k, v)]
-        gate = self.gate(h).float().sigmoid().to(dtype).unflatten(-1, (-1, 2))
-
-        def normalise(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            return (
-                rotate(rms_norm(q, self.q_norm), cos, sin).to(dtype),
-                rotate(rms_norm(k, self.k_norm), cos, sin).to(dtype),
-            )
-
-        q, k = normalise(q, k, cos, sin)
-        q_g, k_g = normalise(pooled[0], pooled[1], cos_g, sin_g)
-        return tuple(y.transpose(1, 2) for y in (q, k, v, q_g, k_g, pooled[2].to(dtype), gate))
+        h = self.norm1(x).to(compute_dtype(self.qkv))
+        qkv = self.project(h)
+        pooled = pool_blocks(qkv.flatten(2, 3).float(), self.specials).unflatten(2, (3, -1))
+        gate = self.gate(h).float().sigmoid().to(qkv.dtype).unflatten(-1, (-1, 2)).transpose(1, 2)
+        coarse = (x.to(qkv.dtype) for x in self.normalise(pooled, cos_g, sin_g))
+        return *self.normalise(qkv, cos, sin), *coarse, gate
 
 
 Attend = Callable[[int, tuple[Tensor, ...]], Tensor]
@@ -224,8 +220,9 @@ class Network(nn.Module):
         def angles(y: Tensor, x: Tensor) -> Tensor:
             quarter = cfg.head_width // 4
             rate = 100.0 ** (-torch.arange(quarter) / quarter)
-            return torch.cat([y[:, None] * rate] * 2 + [x[:, None] * rate] * 2, 1)[None, :, None]
+            return torch.cat([y[:, None] * rate] * 2 + [x[:, None] * rate] * 2, 1)[None, :, None, None]
 
+        sign = torch.tensor([-1.0, 1.0, -1.0, 1.0]).repeat_interleave(cfg.head_width // 4)
         zeros = torch.zeros(cfg.specials)
         token = angles(torch.cat([zeros, y + 1]), torch.cat([zeros, x + 1]))
         block = angles((y + 1).view(-1, BLOCK).mean(1), (x + 1).view(-1, BLOCK).mean(1))
@@ -241,9 +238,9 @@ class Network(nn.Module):
         )
         return dict(
             cos=token.cos(),
-            sin=token.sin(),
+            sin=token.sin() * sign,
             cos_g=block.cos(),
-            sin_g=block.sin(),
+            sin_g=block.sin() * sign,
             position_features=features,
             nominal_rays=torch.stack([px, py])[None],
             order=order,
@@ -252,7 +249,16 @@ class Network(nn.Module):
         )
 
     def precision(self, dtype: torch.dtype) -> Network:
-        """Store and run the matrix products in `dtype`; norms, heads' outputs and the residual stream stay float32."""
+        """Store and run the matrix products in `dtype`; norms, heads' outputs and the residual stream stay float32.
+
+        torch.int8 (CPU, inference only) is for the blocks' linear layers; the rest is float32 then.
+        """
+        if dtype == torch.int8:
+            for block in (m for m in self.modules() if isinstance(m, Block)):
+                for name in ("qkv", "proj", "fc1", "fc2"):
+                    if isinstance(layer := getattr(block, name), nn.Linear):
+                        setattr(block, name, Int8Linear(layer))
+            return self
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in ("point_conv3", "camera_fc1", "camera_fc2"):
                 module.to(dtype)
@@ -276,7 +282,7 @@ class Network(nn.Module):
         cfg, dtype = self.config, self.stem1.weight.dtype
         x = (image - IMAGE_MEAN) / IMAGE_STD
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        stem = F.gelu(self.stem2(F.gelu(self.stem1(x), approximate="tanh")), approximate="tanh")
+        stem = F.gelu(self.stem2(F.gelu(self.stem1(x))))
         patches = self.patch_embed(stem).flatten(2).transpose(1, 2)[:, self.order].float()
         embedding = self.position(self.position_features.to(self.position.weight.dtype)).float()
         if rays is not None:
@@ -313,8 +319,8 @@ class Network(nn.Module):
         y = self.point_norm(self.point_block(x, self.cos, self.sin)[:, cfg.specials :])[:, self.inverse_order]
         y = self.point_expand(y.to(self.point_expand.weight.dtype)).transpose(1, 2).unflatten(2, (h, w))
         y = torch.cat([F.pixel_shuffle(y, cfg.patch // 2), stem], 1).contiguous(memory_format=torch.channels_last)
-        y = F.gelu(self.point_conv1(y), approximate="tanh")
-        y = F.gelu(self.point_conv2(y), approximate="tanh")
+        y = F.gelu(self.point_conv1(y))
+        y = F.gelu(self.point_conv2(y))
         c = self.camera_norm(self.camera_block(x, self.cos, self.sin))
         c = torch.cat([c[:, 0], c[:, cfg.specials :].mean(1)], -1)
         with torch.autocast(x.device.type, enabled=False):

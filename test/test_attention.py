@@ -9,9 +9,9 @@ from speed3r_ros.model.attention import BLOCK, Tokens, dense, pool_blocks, speed
 HEADS, WIDTH, SPECIALS = 2, 8, 3
 
 
-def random_case(blocks: int, frames: int, resident: int, banked: int, seed: int):
+def random_case(blocks: int, frames: int, resident: int, banked: int, seed: int, specials: int = SPECIALS):
     g = torch.Generator().manual_seed(seed)
-    length = SPECIALS + blocks * BLOCK
+    length = specials + blocks * BLOCK
 
     def tokens(count, pooled_count, gate=False):
         fine = torch.randn(1, HEADS, count * length, WIDTH, generator=g, dtype=torch.float64)
@@ -31,7 +31,7 @@ def softmax(x):
     return e / e.sum()
 
 
-def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k):
+def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials):
     """One token at a time, with explicit lists of what it may see."""
     out = np.zeros(q.fine.shape[1:])
     qf, kf, vf, qp, kp, vp, gate = (
@@ -40,39 +40,43 @@ def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k):
     for h in range(HEADS):
         for t in range(fine.shape[1]):
             frames = [n for n in range(fine.shape[2]) if fine[0, t, n]]
-            specials = [n * length + s for n in frames for s in range(SPECIALS)]
+            always = [n * length + s for n in frames for s in range(specials)]
             everything = [n * length + i for n in frames for i in range(length)]
             for i in range(length):
                 row = t * length + i
-                if i < SPECIALS:
+                if i < specials:
                     keys = everything
                 else:
-                    g = (i - SPECIALS) // BLOCK
+                    g = (i - specials) // BLOCK
                     query = qp[h, t * blocks + g]
                     seen = [n * blocks + b for n in range(coarse.shape[2]) if coarse[0, t, n] for b in range(blocks)]
                     compressed = softmax(kp[h, seen] @ query / WIDTH**0.5) @ vp[h, seen]
                     local = [n * blocks + b for n in frames for b in range(blocks)]
                     best = sorted(local, key=lambda j: -(kp[h, j] @ query))[:top_k]
-                    keys = specials + [
-                        (j // blocks) * length + SPECIALS + (j % blocks) * BLOCK + e for j in best for e in range(BLOCK)
+                    keys = always + [
+                        (j // blocks) * length + specials + (j % blocks) * BLOCK + e for j in best for e in range(BLOCK)
                     ]
                 attended = softmax(kf[h, keys] @ qf[h, row] / WIDTH**0.5) @ vf[h, keys]
-                if i >= SPECIALS:
+                if i >= specials:
                     attended = gate[h, row, 0] * compressed + gate[h, row, 1] * attended
                 out[h, row] = attended
     return out
 
 
+@pytest.mark.parametrize("specials", [3, 4])
 @pytest.mark.parametrize(
     "blocks, frames, resident, banked, top_k",
     [(3, 2, 4, 2, 2), (1, 1, 1, 0, 5), (2, 3, 3, 4, 1), (4, 1, 5, 1, 7), (2, 1, 3, 0, 100)],
 )
-def test_speed3r_is_its_definition(blocks, frames, resident, banked, top_k):
+def test_speed3r_is_its_definition(blocks, frames, resident, banked, top_k, specials):
     seed = int(torch.randint(2**31, ()))
-    q, k, v, fine, coarse, length = random_case(blocks, frames, resident, banked, seed)
-    out = speed3r(q, k, v, fine, coarse, SPECIALS, top_k)[0].numpy()
-    expected = speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k)
+    q, k, v, fine, coarse, length = random_case(blocks, frames, resident, banked, seed, specials)
+    out = speed3r(q, k, v, fine, coarse, specials, top_k)[0].numpy()
+    expected = speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials)
     np.testing.assert_allclose(out, expected, rtol=1e-9, atol=1e-9, err_msg=f"seed {seed}")
+    q.fine.requires_grad_()  # one frame that is not to be differentiated takes another way
+    masked = speed3r(q, k, v, fine, coarse, specials, top_k)[0].detach().numpy()
+    np.testing.assert_allclose(masked, expected, rtol=1e-9, atol=1e-9, err_msg=f"seed {seed}")
 
 
 def test_selection_of_all_blocks_is_dense_attention():

@@ -1,0 +1,53 @@
+"""Linear layers in 8 bits, for CPUs that have no bf16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` in int8, for inference on x86 CPUs: x (..., in) float32 -> (..., out) float32.
+
+    Activations are rounded to 8 bits, with the scale and the zero point of each call; weights to 7 bits, once, with a scale
+    for each output channel. AVX2 adds products in pairs into 16 bits: 2 * 255 * 63 fits, with 8 bits for both it does not,
+    and 7 bits for the activations instead cost accuracy (docs/benchmarks.md).
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float()
+        self._scale = weight.abs().amax(1).clamp(min=1e-12) / 63
+        rounded = (weight / self._scale[:, None]).round().to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self._zero = torch.zeros(len(weight), dtype=torch.int64)
+        self._bias = None if layer.bias is None else layer.bias.detach().float()
+
+    @staticmethod
+    def supported() -> bool:
+        """Whether this build of torch and this CPU run it, and faster than float32."""
+        fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return fast and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Not differentiable."""
+        low, high = (float(y) for y in x.aminmax())
+        low, high = min(low, 0.0), max(high, 1e-12)
+        scale = (high - low) / 254  # not 255: the zero point is rounded too
+        zero = round(-low / scale)
+        rounded = torch.add(zero + 0.5, x, alpha=1 / scale).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(
+            rounded,
+            scale,
+            zero,
+            self._weight,
+            self._scale,
+            self._zero,
+            self._bias,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
