@@ -18,7 +18,7 @@ import numpy as np
 
 from speed3r_ros.mapping.bundle import Observations, Scene, adjust, focal_information
 from speed3r_ros.mapping.geometry import inverse, rotation_angle
-from speed3r_ros.model.types import Estimate, resize_intrinsics
+from speed3r_ros.model.types import Estimate, Tracking, resize_intrinsics
 
 WIDTH = 640  # pixels of the longer side at most: more costs time and gains little
 REACH = 3.0  # pixels of reprojection error that a landmark may have
@@ -152,11 +152,13 @@ class Odometry:
         self._scale = 1.0
         self._K: np.ndarray | None = None  # of an uncalibrated camera, at the size of the grey images
         self._focal_information = FOCAL_NETWORK**-2 + FOCAL_USUAL**-2
+        self._unconfirmed = np.zeros(2)  # sigma of translation and rotation that unconfirmed poses have left behind
         self.tracked = 0  # landmarks that agreed with the last pose
 
     def refine(self, image: np.ndarray, estimate: Estimate, calibrated: bool) -> Estimate:
         """The estimate of rectified image (H, W, 3) uint8 RGB with a better pose, K when not calibrated, and depth in the
-        scale of the past. An estimate without a pose is returned as it is."""
+        scale of the past; WEAK, and with more doubt for good, where no features confirm the pose. An estimate without a pose
+        is returned as it is."""
         if estimate.T_world_cam is None:
             return estimate
         grey, last = grey_image(image), self._last
@@ -181,12 +183,17 @@ class Odometry:
         self._last_estimated = view
         self._go_on(view)
         h, w = estimate.depth.shape
+        sigma, tracking = estimate.pose_sigma * [self._scale, 1.0], estimate.tracking
+        if last is not None and not self.tracked:
+            self._unconfirmed = np.hypot(self._unconfirmed, sigma)
+            tracking = Tracking.WEAK if tracking is Tracking.TRACKING else tracking
         return replace(
             estimate,
+            tracking=tracking,
             T_world_cam=view.T_world_cam,
             depth=estimate.depth * np.float32(self._scale),
             K=estimate.K if calibrated else resize_intrinsics(view.K, view.grey.shape, (h, w)),
-            pose_sigma=estimate.pose_sigma * [self._scale, 1.0],
+            pose_sigma=np.hypot(sigma, self._unconfirmed),
         )
 
     def follow(self, image: np.ndarray, K: np.ndarray | None) -> np.ndarray | None:

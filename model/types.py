@@ -34,6 +34,7 @@ class Tracking(Enum):
 
     STARTING = "starting"  # first frames: the gauge exists, the geometry is still monocular
     TRACKING = "tracking"
+    WEAK = "weak"  # no image features confirm the pose: it is the network's motion alone, and may jump
     LOST = "lost"  # the frame was unusable (black, saturated, constant, blurred); no pose is given
 
 
@@ -53,7 +54,7 @@ class Estimate:
     image: (h, w, 3) uint8 RGB, the input resized, pixel-aligned with `depth`.
     is_keyframe: this frame entered the memory's anchors / coarse bank.
     pose_sigma: (2,) float64, one-sigma of translation (same unit as depth) and of rotation (rad), from the model's
-        own confidence; grows after LOST frames.
+        own confidence; grows after LOST and WEAK frames.
     lost_reason: one line for the user when LOST, else "".
     """
 

@@ -73,6 +73,8 @@ def diagnostics_message(
     level, text = DiagnosticStatus.OK, statistics.tracking
     if statistics.tracking == "lost":
         level, text = DiagnosticStatus.ERROR, f"lost: {statistics.note}"
+    elif statistics.tracking == "weak":
+        level, text = DiagnosticStatus.WARN, "weak: no image features confirm the pose, which is the network's alone"
     elif statistics.tracking in ("starting", "paused", "waiting for images"):
         level = DiagnosticStatus.WARN
     if counts["received"] and not numbers["input_hz"]:
@@ -80,6 +82,7 @@ def diagnostics_message(
     tracking = {
         "tracking": statistics.tracking,
         "lost_frames": counts["lost"],
+        "weak_frames": counts["weak"],
         "bad_frames": counts["bad"],
         "resets": counts["resets"],
         **facts,

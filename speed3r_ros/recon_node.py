@@ -311,6 +311,8 @@ class ReconNode(Node):
                 self._tell(estimate.lost_reason)
                 self._last_pose = None
                 return
+            if estimate.tracking is Tracking.WEAK:
+                self.statistics.count("weak")
             T = self._world.base(estimate.T_world_cam)
             seconds = (stamp_ns - self._last_pose[0]) / 1e9 if self._last_pose else 0.0
             twist = twist_between(self._last_pose[1], T, seconds) if self._last_pose else np.zeros(6)

@@ -185,6 +185,19 @@ def test_network_alone_where_there_are_no_features(sequence):
         assert (got.depth == estimate.depth).all() and odometry.tracked == 0
 
 
+def test_poses_without_features_are_weak_and_leave_doubt(sequence):
+    estimates = network(sequence, np.random.default_rng())
+    odometry, blank = Odometry(), np.full((*SIZE, 3), 90, np.uint8)
+    got = [odometry.refine(blank if i in (5, 6) else sequence[0][i], e, True) for i, e in enumerate(estimates)]
+    assert [e.tracking is Tracking.WEAK for e in got[:7]] == [False] * 5 + [True] * 2
+    own = np.stack([e.pose_sigma for e in estimates]) * [[odometry._scale, 1.0]]
+    growth = np.stack([e.pose_sigma for e in got]) / own
+    assert np.allclose(growth[:5, 1], 1) and growth[5, 1] == pytest.approx(2**0.5)
+    assert (np.diff(growth[4:7], axis=0) > 0.1).all() and (growth[7:] > 1.5).all()
+    odometry.reset()
+    assert np.allclose(odometry.refine(sequence[0][0], estimates[0], True).pose_sigma, estimates[0].pose_sigma)
+
+
 def test_survives_a_cut_and_a_change_of_size(sequence):
     """Unrelated images, another resolution, and intrinsics that appear: the network's motion bridges them."""
     rng = np.random.default_rng()
