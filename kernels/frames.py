@@ -177,7 +177,9 @@ if triton is not None:
                 else:
                     live = (j < total) & (y < Y)
                     n = tl.load(lists + j // Y_PADDED, mask=j < total, other=0)
-                    key = tl.load(k + (n.to(tl.int64) * k_n + y * k_y)[:, None] + d[None, :], mask=live[:, None], other=0)
+                    key = tl.load(
+                        k + (n.to(tl.int64) * k_n + y * k_y)[:, None] + d[None, :], mask=live[:, None], other=0
+                    )
                     s = tl.dot(query, tl.trans(key), input_precision="ieee")
                     s = tl.where(live[None, :], s, float("-inf"))
                 if SCORES:
