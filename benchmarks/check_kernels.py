@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -320,22 +319,24 @@ CHECKS: dict[str, Callable[[Case, torch.dtype], Iterator[Row]]] = {
 }
 
 
-def work(job: tuple[str, Case, torch.dtype, int]) -> tuple[list[Row], str]:
-    """Rows of one job, and what went wrong. In a process of its own: compilation is most of the work."""
-    check, case, dtype, seed = job
+def work(job: tuple[tuple[str, ...], Case, torch.dtype, int]) -> tuple[list[Row], list[str]]:
+    """Rows of one case, and what went wrong. In a process of its own, so that no fault spoils another case."""
+    names, case, dtype, seed = job
     torch.manual_seed(seed)
     rows: list[Row] = []
-    try:
-        for row in CHECKS[check](case, dtype):
-            rows.append(row)
-        return rows, ""
-    except Exception as e:
-        nan = float("nan")
-        note = f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:150] if str(e).strip() else ''}"
-        return [*rows, Row(case.name, check, dtype, nan, nan, nan, note, True)], traceback.format_exc(limit=-4)[-3000:]
-    finally:
+    complaints: list[str] = []
+    for name in names:
+        try:
+            for row in CHECKS[name](case, dtype):
+                rows.append(row)
+        except Exception as e:
+            nan = float("nan")
+            last = (str(e).strip().splitlines() or [""])[-1][:150]
+            rows.append(Row(case.name, name, dtype, nan, nan, nan, f"{type(e).__name__}: {last}", True))
+            complaints.append(f"{case.name}, {name}, {NAMES[dtype]}\n{traceback.format_exc(limit=-4)[-3000:]}")
         if CUDA:
             torch.cuda.empty_cache()
+    return rows, complaints
 
 
 def main() -> int:
@@ -354,21 +355,28 @@ def main() -> int:
     )
     dtypes = [torch.float32, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
     jobs = [
-        (check, case, dtype, args.seed + i)
+        (("attention", "frames", "qkv"), case, dtype, args.seed + i)
         for i, case in enumerate(CASES if CUDA else TINY)
         for dtype in dtypes
-        for check in ("attention", "frames", "qkv")
         if args.only in case.name
     ]
     if CUDA and args.only in STEP.name:
-        jobs += [("graph", STEP, dtype, args.seed) for dtype in dtypes]
+        jobs += [(("graph",), STEP, dtype, args.seed) for dtype in dtypes]
     misses, complaints = 0, []
-    with ProcessPoolExecutor(args.workers or 1, multiprocessing.get_context("spawn")) as pool:
-        for rows, complaint in pool.map(work, jobs) if args.workers else map(work, jobs):
-            misses += sum(row.failed for row in rows)
-            complaints += [complaint] if complaint else []
-            for row in rows:
-                print(row, flush=True)
+    pool = multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) if args.workers else None
+    results = pool.imap(work, jobs) if pool else map(work, jobs)
+    for _, case, dtype, _ in jobs:
+        try:
+            rows, found = results.next(timeout=300) if pool else next(results)
+        except multiprocessing.TimeoutError:
+            nan = float("nan")
+            rows, found = [Row(case.name, "", dtype, nan, nan, nan, "no answer in 300 s", True)], []
+        misses += sum(row.failed for row in rows)
+        complaints += found
+        for row in rows:
+            print(row, flush=True)
+    if pool:
+        pool.terminate()
     for complaint in complaints[:6]:
         print(f"\n{complaint}")
     if CUDA:

@@ -61,9 +61,12 @@ if triton is not None:
 
     @triton.jit
     def _list_frames(
-        visible, lists, counts, T, N, X, stride_b, stride_t, stride_n, TILE: tl.constexpr, CHUNK: tl.constexpr
+        visible, lists, words, counts, T, N, X, stride_b, stride_t, stride_n, TILE: tl.constexpr, CHUNK: tl.constexpr
     ):
-        """Frames seen by all rows of a tile of TILE query rows, then those seen by some only, each in rising order."""
+        """Frames seen by all rows of a tile of TILE query rows, then those seen by some only, each in rising order.
+
+        Bit i of a listed frame's word says that the tile's i-th query frame sees it.
+        """
         tile, b = tl.program_id(0), tl.program_id(1)
         first = tile * TILE // X
         last = tl.minimum((tile * TILE + TILE - 1) // X, T - 1)
@@ -72,16 +75,19 @@ if triton is not None:
         for part in tl.static_range(2):
             for start in range(0, N, CHUNK):
                 n = start + tl.arange(0, CHUNK)
-                every, some = n < N, n < 0
+                word = tl.zeros([CHUNK], tl.int32)
+                every = n < N
                 for t in range(first, last + 1):
                     seen = tl.load(visible + b * stride_b + t * stride_t + n * stride_n, mask=n < N, other=0) != 0
-                    every, some = every & seen, some | seen
+                    every = every & seen
+                    word = word | (seen.to(tl.int32) << (t - first))
                 if part == 0:
                     pick = every.to(tl.int32)
                 else:
-                    pick = (some & ~every).to(tl.int32)
+                    pick = ((word != 0) & ~every).to(tl.int32)
                 place = count + tl.cumsum(pick, 0) - 1
                 tl.store(lists + row.to(tl.int64) * N + place, n, mask=pick != 0)
+                tl.store(words + row.to(tl.int64) * N + place, word, mask=pick != 0)
                 count += tl.sum(pick, 0)
             tl.store(counts + row * 2 + part, count)  # seen by all; seen by any
 
@@ -93,8 +99,8 @@ if triton is not None:
         out,
         lse,
         maxima,
-        visible,
         lists,
+        words,
         counts,
         q_b,
         q_h,
@@ -104,18 +110,11 @@ if triton is not None:
         k_h,
         k_n,
         k_y,
-        v_b,
-        v_h,
-        v_n,
-        v_y,
         o_s,
         o_b,
         o_h,
         o_t,
         o_x,
-        vis_b,
-        vis_t,
-        vis_n,
         list_b,
         H,
         T,
@@ -132,10 +131,11 @@ if triton is not None:
         TILE: tl.constexpr,
         SCORES: tl.constexpr,
         VALUES: tl.constexpr,
+        WIDE: tl.constexpr,
     ):
         """One tile of BM query rows against one share of its keys.
 
-        SCORES stores the largest score of each TILE keys of the first `resident` frames; VALUES stores the attention.
+        v has the strides of k. SCORES stores the largest score of each TILE keys of the first `resident` frames; VALUES stores the attention.
         """
         tile, split = tl.program_id(0), tl.program_id(2)
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -149,10 +149,11 @@ if triton is not None:
         q += b64 * q_b + h64 * q_h
         query = tl.load(q + (t.to(tl.int64) * q_t + x * q_x)[:, None] + d[None, :], mask=inside[:, None], other=0.0)
         k += b64 * k_b + h64 * k_h
-        v += b64 * v_b + h64 * v_h
-        visible += b64 * vis_b + t * vis_t
+        v += b64 * k_b + h64 * k_h
+        bit = t - tile * BM // X
         listed = b * list_b + tile
         lists += listed.to(tl.int64) * N
+        words += listed.to(tl.int64) * N
         total = tl.load(counts + listed * 2 + 1) * Y_PADDED
         full = tl.load(counts + listed * 2) * Y_PADDED // BN
         share = tl.cdiv(tl.cdiv(total, BN), SPLITS)
@@ -172,36 +173,34 @@ if triton is not None:
                 y = j % Y_PADDED
                 if part == 0 and not PADDED:
                     n = tl.load(lists + j // Y_PADDED)
-                    key = tl.load(k + (n.to(tl.int64) * k_n + y * k_y)[:, None] + d[None, :])
+                    at = (n.to(tl.int64) if WIDE else n) * k_n + y * k_y
+                    key = tl.load(k + at[:, None] + d[None, :])
                     s = tl.dot(query, tl.trans(key), input_precision="ieee")
                 else:
                     live = (j < total) & (y < Y)
                     n = tl.load(lists + j // Y_PADDED, mask=j < total, other=0)
-                    key = tl.load(
-                        k + (n.to(tl.int64) * k_n + y * k_y)[:, None] + d[None, :], mask=live[:, None], other=0
-                    )
+                    at = (n.to(tl.int64) if WIDE else n) * k_n + y * k_y
+                    key = tl.load(k + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
                     s = tl.dot(query, tl.trans(key), input_precision="ieee")
                     s = tl.where(live[None, :], s, float("-inf"))
                 if SCORES:
                     first = i * BN + tl.arange(0, BN // TILE) * TILE
                     frame = tl.load(lists + first // Y_PADDED, mask=first < total, other=resident)
                     column = frame * (Y_PADDED // TILE) + first % Y_PADDED // TILE
-                    at = (tl.program_id(1) * T * X + rows).to(tl.int64) * (resident * (Y_PADDED // TILE))
+                    row = (tl.program_id(1) * T * X + rows).to(tl.int64) * (resident * (Y_PADDED // TILE))
                     tl.store(
-                        maxima + at[:, None] + column[None, :],
+                        maxima + row[:, None] + column[None, :],
                         tl.max(tl.reshape(s, (BM, BN // TILE, TILE)), 2),
                         mask=inside[:, None] & (frame < resident)[None, :],
                     )
                 if VALUES:
                     if part == 0 and not PADDED:
-                        value = tl.load(v + (n.to(tl.int64) * v_n + y * v_y)[:, None] + d[None, :])
+                        value = tl.load(v + at[:, None] + d[None, :])
                     else:
-                        value = tl.load(
-                            v + (n.to(tl.int64) * v_n + y * v_y)[:, None] + d[None, :], mask=live[:, None], other=0
-                        )
+                        value = tl.load(v + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
                     if part == 1:
-                        seen = tl.load(visible[:, None] + (n * vis_n)[None, :], mask=live[None, :], other=0)
-                        s = tl.where(seen != 0, s, float("-inf"))
+                        word = tl.load(words + j // Y_PADDED, mask=live, other=0)
+                        s = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, s, float("-inf"))
                     m_new = tl.maximum(m, tl.max(s, 1) * scale)
                     origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far
                     p = tl.exp2(s * scale - origin[:, None])
@@ -260,32 +259,51 @@ if triton is not None:
         tl.store(lse + at, m + tl.log(l), mask=inside)
 
 
-def list_frames(visible: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor]:
+def list_frames(visible: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """What each tile of `tile` query rows has to look at, `rows` rows to a query frame.
 
     visible: (B or 1, T, N) bool. Returns lists (B or 1, tiles, N) int32, of which row i holds the frames that all of
-    tile i's rows see and then those that some of them see, and counts (B or 1, tiles, 2) int32: how many all see, how many
-    any sees.
+    tile i's rows see and then those that some of them see; words like it, of which bit j says whether the j-th query frame
+    of the tile sees the listed one; and counts (B or 1, tiles, 2) int32: how many all see, how many any sees. Raises ValueError
+    if a tile touches more than 32 frames, the bits of a word.
     """
     b, t, n = visible.shape
+    if touched(t, rows, tile) > 32:
+        raise ValueError(f"a tile of {tile} rows touches more than 32 frames of {rows} rows")
     tiles = triton.cdiv(t * rows, tile)
-    lists = torch.empty(b, tiles, n, dtype=torch.int32, device=visible.device)
+    lists, words = torch.empty(2, b, tiles, n, dtype=torch.int32, device=visible.device)
     counts = torch.empty(b, tiles, 2, dtype=torch.int32, device=visible.device)
     chunk = min(1024, triton.next_power_of_2(n))
     _list_frames[(tiles, b)](
-        visible.view(torch.uint8), lists, counts, t, n, rows, *visible.stride(), TILE=tile, CHUNK=chunk
+        visible.view(torch.uint8), lists, words, counts, t, n, rows, *visible.stride(), TILE=tile, CHUNK=chunk
     )
-    return lists, counts
+    return lists, words, counts
 
 
-def tile_sizes(rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of queries and keys, warps and pipeline stages for `rows` query rows in all."""
-    if dtype == torch.float32:  # no tensor cores: smaller tiles, so that registers suffice
-        return {"BM": min(32, max(16, triton.next_power_of_2(rows))), "BN": 32, "num_warps": 4, "num_stages": 2}
-    if rows >= 128:
-        return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
-    bm = max(16, triton.next_power_of_2(rows))
-    return {"BM": bm, "BN": 64, "num_warps": max(1, bm // 16) if bm < 128 else 4, "num_stages": 3}
+def touched(frames: int, rows: int, tile: int) -> int:
+    """How many of the query frames one tile of rows touches at most."""
+    return min(frames, -(-tile // rows) + (tile % rows > 0))
+
+
+def tile_sizes(frames: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of queries and keys, warps and pipeline stages for so many query frames of `rows` rows each."""
+    low = dtype != torch.float32  # without tensor cores: smaller tiles, so that registers suffice
+    bm = min(128 if low else 32, max(16, triton.next_power_of_2(frames * rows)))
+    while touched(frames, rows, bm) > 32:
+        bm //= 2
+    if low:
+        return {"BM": bm, "BN": 64, "num_warps": {128: 8, 64: 4, 32: 2, 16: 1}[bm], "num_stages": 3}
+    return {"BM": bm, "BN": 32, "num_warps": 4, "num_stages": 2}
+
+
+def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with the same strides, copied only if they differ."""
+    return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+
+
+def wide(k: Tensor) -> bool:
+    """Whether rows of one sequence and head, (B, H, N, Y, D), lie further apart than 32 bits can say."""
+    return k.shape[2] * k.stride(2) + k.shape[3] * k.stride(3) >= 2**31
 
 
 def frame_attention_triton(
@@ -310,12 +328,13 @@ def frame_attention_triton(
     (b, h, t, x, d), (n, y) = q.shape, k.shape[2:4]
     if d < 16 or d & (d - 1):
         raise ValueError(f"head width {d} must be a power of two, at least 16")
-    sizes = sizes or tile_sizes(t * x, q.dtype)
+    k, v = alike(k, v)
+    sizes = sizes or tile_sizes(t, x, q.dtype)
     bm, bn = sizes["BM"], sizes["BN"]
     tile = maxima[1] if maxima else 16
     padded = triton.cdiv(y, tile) * tile if maxima else y
     resident = maxima[0].shape[-1] // (padded // tile) if maxima else 0
-    lists, counts = list_frames(visible, x, bm)
+    lists, words, counts = list_frames(visible, x, bm)
     tiles = lists.shape[1]
     if splits is None:
         splits = min(2 * multiprocessors(q.device) // (tiles * b * h), triton.cdiv(n * padded, 4 * bn), 64)
@@ -336,14 +355,12 @@ def frame_attention_triton(
         target,
         target_lse,
         maxima[0] if maxima else lse,
-        visible.view(torch.uint8),
         lists,
+        words,
         counts,
         *q.stride()[:4],
         *k.stride()[:4],
-        *v.stride()[:4],
         *strides,
-        *visible.expand(b, t, n).stride(),
         tiles if lists.shape[0] > 1 else 0,
         h,
         t,
@@ -358,6 +375,7 @@ def frame_attention_triton(
         TILE=tile,
         SCORES=maxima is not None,
         VALUES=values,
+        WIDE=wide(k),
         **sizes,
     )
     if splits > 1 and values:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed3r_ros.kernels.frames import LOG2E, frame_attention_triton, on_kernels, tl, triton
+from speed3r_ros.kernels.frames import LOG2E, alike, frame_attention_triton, on_kernels, tl, triton, wide
 
 BLOCK = 16  # tokens of one 4 x 4 window of patches
 WORKSPACE = 2**29  # bytes at most for softmax states between launches; more heads than that take turns
@@ -96,10 +96,6 @@ if triton is not None:
         k_h,
         k_n,
         k_y,
-        v_b,
-        v_h,
-        v_n,
-        v_y,
         i_b,
         i_h,
         i_x,
@@ -125,8 +121,9 @@ if triton is not None:
         GROUP: tl.constexpr,
         STEP: tl.constexpr,
         SPECIALS: tl.constexpr,
+        WIDE: tl.constexpr,
     ):
-        """The queries of GROUP neighbouring blocks against their chosen blocks, STEP at a time."""
+        """The queries of GROUP neighbouring blocks against their chosen blocks, STEP at a time. v has the strides of k."""
         GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
         t, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
         b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -138,7 +135,7 @@ if triton is not None:
         query = tl.load(at + x[:, None] * q_x + d[None, :], mask=inside[:, None], other=0.0)
         index += b * i_b + h * i_h + tl.program_id(0).to(tl.int64) * i_x
         k += b * k_b + h * k_h
-        v += b * v_b + h * v_h
+        v += b * k_b + h * k_h
 
         state = (tl.program_id(1).to(tl.int64) * T + t) * (G * 16) + x
         if SPECIALS:  # the softmax goes on where the special tokens left it
@@ -154,10 +151,10 @@ if triton is not None:
             place = start + j // 16
             block = tl.load(index + place, mask=place < K, other=-1)
             live = block >= 0
-            n = (block // G).to(tl.int64)
-            y = block % G * 16 + j % 16
-            key = tl.load(k + (n * k_n + y * k_y)[:, None] + d[None, :], mask=live[:, None], other=0.0)
-            value = tl.load(v + (n * v_n + y * v_y)[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            n = block // G
+            row = (n.to(tl.int64) if WIDE else n) * k_n + (block % G * 16 + j % 16) * k_y
+            key = tl.load(k + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            value = tl.load(v + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
             s = tl.dot(query, tl.trans(key), input_precision="ieee")
             s = tl.where(live[None, :], s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
@@ -202,7 +199,7 @@ def selected_attention_triton(
     frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group)
     b, h, _, d = q.shape
     q, gate = q.unflatten(2, (frames, length)), gate.unflatten(2, (frames, length))
-    k, v = k.unflatten(2, (resident, length)), v.unflatten(2, (resident, length))
+    k, v = alike(k.unflatten(2, (resident, length)), v.unflatten(2, (resident, length)))
     compressed = compressed.unflatten(2, (frames, blocks))
     out = torch.empty(b, frames, length, h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
     if specials:
@@ -229,7 +226,6 @@ def selected_attention_triton(
             gs,
             *qs.stride()[:4],
             *ks.stride()[:4],
-            *vs.stride()[:4],
             *index.stride()[:3],
             *os.stride()[:4],
             *cs.stride()[:4],
@@ -242,6 +238,7 @@ def selected_attention_triton(
             D=d,
             GROUP=group,
             SPECIALS=specials > 0,
+            WIDE=wide(ks),
             **(sizes or step_sizes(group, q.dtype)),
         )
     return out.flatten(2, 3)
