@@ -263,9 +263,9 @@ def list_frames(visible: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, 
     """What each tile of `tile` query rows has to look at, `rows` rows to a query frame.
 
     visible: (B or 1, T, N) bool. Returns lists (B or 1, tiles, N) int32, of which row i holds the frames that all of
-    tile i's rows see and then those that some of them see; words like it, of which bit j says whether the j-th query frame
-    of the tile sees the listed one; and counts (B or 1, tiles, 2) int32: how many all see, how many any sees. Raises ValueError
-    if a tile touches more than 32 frames, the bits of a word.
+    tile i's rows see and then those that some of them see; words like it, of which bit j says whether the j-th query
+    frame of the tile sees the listed one; and counts (B or 1, tiles, 2) int32: how many all see, how many any sees.
+    Raises ValueError if a tile touches more than 32 frames, the bits of a word.
     """
     b, t, n = visible.shape
     if touched(t, rows, tile) > 32:

@@ -93,6 +93,7 @@ def test_frames_reference_is_its_definition(b, t, x, n, y):
         (2, 1, 3, 5, 9, 32, 3, torch.float32),
         (1, 1, 1, 1, 1, 16, None, torch.float32),
         (1, 2, 40, 3, 33, 16, None, torch.float32),
+        (1, 40, 1, 5, 3, 16, None, torch.float32),  # every bit of a word
         (2, 3, 13, 4, 21, 64, 2, torch.float16),
     ],
 )
