@@ -1,0 +1,302 @@
+"""Speed of the attention kernels on the GPU, beside the flash backend of scaled_dot_product_attention in the same run.
+
+    python benchmarks/kernels.py                 # tables
+    python benchmarks/kernels.py --tune          # tile sizes of the main kernels instead
+
+TFLOP/s count 4 * width operations for each pair of a query and a key that the method asks for. Inputs are random bf16, so
+the choice of blocks has no locality; `near` uses a choice in which neighbours share most blocks. Medians of CUDA events;
+the streaming step is a CUDA graph. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from speed3r_ros.kernels.coarse import coarse_attention_triton
+from speed3r_ros.kernels.frames import frame_attention_triton
+from speed3r_ros.kernels.qkv import prepare_tokens_triton
+from speed3r_ros.kernels.selected import selected_attention_triton
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16 if CUDA else torch.float16  # the interpreter multiplies no bfloat16
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of one global layer."""
+
+    name: str
+    heads: int
+    width: int
+    blocks: int
+    specials: int
+    top_k: int
+    window: int
+    anchors: int
+    bank: int
+
+    @property
+    def length(self) -> int:
+        """Tokens per frame."""
+        return self.specials + 16 * self.blocks
+
+
+PI3 = Model("Pi3 size", 16, 64, 63, 5, 32, 8, 16, 256)
+COMPACT = Model("compact", 6, 64, 12, 4, 32, 8, 2, 32)
+TINY = Model("tiny", 1, 16, 2, 1, 2, 1, 1, 1)
+
+
+def milliseconds(run: Callable[[], object], budget: float = 0.4) -> float:
+    """Median time of a call."""
+    if not CUDA:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    run()
+    torch.cuda.synchronize()
+
+    def once() -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    first = once()
+    return statistics.median([first] + [once() for _ in range(min(30, int(budget * 1e3 / max(first, 1e-3))))])
+
+
+def graph_milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
+    """Time of one call among `repeats` in a CUDA graph: no launch gaps."""
+    if not CUDA:
+        return milliseconds(run)
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    return milliseconds(graph.replay) / repeats
+
+
+def rand(*shape: int) -> Tensor:
+    """Normal values of the type under test."""
+    return torch.randn(shape, device=DEVICE, dtype=torch.float32 if not CUDA else DTYPE).to(DTYPE)
+
+
+class Tokens:
+    """Inputs of one layer with T query frames, N resident ones and M pooled ones, everything visible."""
+
+    def __init__(self, model: Model, frames: int, resident: int, known: int) -> None:
+        h, d, g, length = model.heads, model.width, model.blocks, model.length
+        self.fine = torch.ones(1, frames, resident, dtype=torch.bool, device=DEVICE)
+        self.coarse = torch.ones(1, frames, known, dtype=torch.bool, device=DEVICE)
+        self.q, self.k, self.v = (rand(1, h, n * length, d) for n in (frames, resident, resident))
+        self.pooled = [rand(1, h, n * g, d) for n in (frames, known, known)]
+        self.gate = torch.rand(1, h, frames * length, 2, device=DEVICE).to(DTYPE)
+        self.compressed = rand(1, h, frames * g, d)
+
+    def near(self, model: Model, group: int) -> Tensor:
+        """A choice in which neighbouring blocks share most blocks: runs around one's own place in a few frames."""
+        t, n = self.fine.shape[1:]
+        count = min(8, model.blocks)
+        places = torch.arange(0, model.blocks, group, device=DEVICE)[:, None] + torch.arange(count, device=DEVICE)
+        frames = torch.rand(t, n, device=DEVICE).argsort(-1)[:, : max(1, model.top_k // count)]
+        index = frames[:, None, :, None] * model.blocks + (places % model.blocks)[None, :, None]
+        index = index.flatten(2).sort(-1).values.flatten(0, 1).int()
+        return index.expand(1, model.heads, -1, -1).contiguous()
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention by the flash backend."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if CUDA else SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention by the cuDNN backend."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if CUDA else SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def line(*cells: object) -> None:
+    """One row of a Markdown table, at once, so that an interrupted run leaves what it has."""
+    print("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
+
+
+def guarded(
+    name: str, pairs: float, width: int, run: Callable[[], object], base: float = 0.0, graph: bool = False
+) -> float:
+    """Time a call and print its row; returns TFLOP/s, or 0 if it fails."""
+    try:
+        ms = (graph_milliseconds if graph else milliseconds)(run)
+    except Exception:
+        line(name, "failed: " + traceback.format_exc(limit=-1).splitlines()[-1][:200], "", "")
+        traceback.print_exc(limit=-3)
+        return 0.0
+    rate = 4 * width * pairs / ms / 1e9
+    line(name, ms, rate if pairs else "", f"{100 * rate / base:.0f} %" if base and pairs else "")
+    return rate
+
+
+def header(title: str) -> None:
+    """Start a table."""
+    print(f"\n### {title}\n\n| work | ms | TFLOP/s | of flash |\n| --- | --- | --- | --- |")
+
+
+def parallel(model: Model, views: int, dense_up_to: int) -> None:
+    """All frames see all frames."""
+    header(f"{model.name}, {views} views at once")
+    h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
+    x = Tokens(model, views, views, views)
+    base = 0.0
+    if views <= dense_up_to:
+        pairs = h * (views * length) ** 2
+        base = guarded("dense, flash", pairs, d, lambda: flash(x.q, x.k, x.v))
+        guarded("dense, cuDNN", pairs, d, lambda: cudnn(x.q, x.k, x.v), base)
+        q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
+        guarded("dense, frames kernel", pairs, d, lambda: frame_attention_triton(q5, k5, v5, x.fine), base)
+    pairs = h * (views * g) ** 2
+    pooled_base = guarded("pooled tokens, flash", pairs, d, lambda: flash(*x.pooled))
+    base = base or pooled_base
+    q5, k5, v5 = (y.unflatten(2, (views, g)) for y in x.pooled)
+    guarded("pooled tokens, frames kernel", pairs, d, lambda: frame_attention_triton(q5, k5, v5, x.coarse), pooled_base)
+    for group in (1, 4):
+        run = lambda: coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, group)  # noqa: E731, B023
+        guarded(f"coarse + top-k, group {group}", pairs, d, run, pooled_base)
+    special, patches = views * s, views * g * 16
+    q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
+    run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine)  # noqa: E731
+    guarded("special queries, all keys", h * special * views * length, d, run, base)
+    run = lambda: frame_attention_triton(q5[:, :, :, s:], k5[:, :, :, :s], v5[:, :, :, :s], x.fine)  # noqa: E731
+    guarded("patch queries, special keys", h * patches * special, d, run, base)
+    dense = h * (special * views * length + patches * special)
+    for group in (1, 4):
+        index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, group)[1]
+        for name, choice in (("random", index), ("near", x.near(model, group))):
+            count = h * patches * choice.shape[-1] * 16
+            args = (choice, x.compressed, x.gate, x.fine)
+            bare = (x.q.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3),)
+            bare += tuple(y.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3) for y in (x.k, x.v))
+            gate = x.gate.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3)
+            run = lambda: selected_attention_triton(*bare, *args[:2], gate, x.fine, 0, group)  # noqa: E731, B023
+            guarded(f"selected blocks alone, group {group}, {name}", count, d, run, base)
+            run = lambda: selected_attention_triton(x.q, x.k, x.v, *args, s, group)  # noqa: E731, B023
+            guarded(f"selected attention, group {group}, {name}", count + dense, d, run, base)
+
+
+def prepare(model: Model, frames: int, graph: bool) -> None:
+    """Pooling, normalisation and rotation of q, k, v: bound by memory."""
+    qkv = rand(frames, model.length, 3, model.heads, model.width)
+    weight = torch.ones(model.width, device=DEVICE)
+    tables = [torch.randn(1, n, 1, model.width, device=DEVICE) for n in [model.length] * 2 + [model.blocks] * 2]
+    run = lambda: prepare_tokens_triton(qkv, weight, weight, *tables, model.specials)  # noqa: E731
+    try:
+        ms = (graph_milliseconds if graph else milliseconds)(run)
+        line(
+            "pool, normalise, rotate q, k, v", ms, f"{2.06 * qkv.numel() * qkv.element_size() / ms / 1e6:.0f} GB/s", ""
+        )
+    except Exception:
+        line("pool, normalise, rotate q, k, v", "failed", "", "")
+        traceback.print_exc(limit=-3)
+
+
+def step(model: Model) -> None:
+    """One new frame against the memory."""
+    resident = model.window + model.anchors + 1
+    known = resident + model.bank
+    header(f"{model.name}, one new view: {resident} resident, {model.bank} in the bank (CUDA graph)")
+    h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
+    x = Tokens(model, 1, resident, known)
+    pairs = h * g * known * g
+    base = guarded(
+        "dense against all resident, flash", h * length**2 * resident, d, lambda: flash(x.q, x.k, x.v), graph=True
+    )
+    guarded("pooled tokens, flash", pairs, d, lambda: flash(*x.pooled), base, graph=True)
+    run = lambda: coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)  # noqa: E731
+    guarded("coarse + top-k", pairs, d, run, base, graph=True)
+    index = run()[1]
+    q5, k5, v5 = (y.unflatten(2, (n, length)) for y, n in ((x.q, 1), (x.k, resident), (x.v, resident)))
+    dense = frame_attention_triton
+    run = lambda: dense(q5[:, :, :, :s], k5, v5, x.fine)  # noqa: E731
+    guarded("special queries, all keys", h * s * resident * length, d, run, base, graph=True)
+    run = lambda: dense(q5[:, :, :, s:], k5[:, :, :, :s], v5[:, :, :, :s], x.fine)  # noqa: E731
+    guarded("patch queries, special keys", h * g * 16 * s * resident, d, run, base, graph=True)
+    count = h * (16 * g * (16 * index.shape[-1] + s * resident) + s * resident * length)
+    run = lambda: selected_attention_triton(x.q, x.k, x.v, index, x.compressed, x.gate, x.fine, s)  # noqa: E731
+    guarded("selected attention", count, d, run, base, graph=True)
+    prepare(model, 1, graph=True)
+
+
+def tune(model: Model, views: int) -> None:
+    """Times of tile sizes."""
+    h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
+    x = Tokens(model, views, views, views)
+    q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
+    p5 = [y.unflatten(2, (views, g)) for y in x.pooled]
+    header(f"{model.name}, {views} views: tile sizes")
+    base = guarded("pooled tokens, flash", h * (views * g) ** 2, d, lambda: flash(*x.pooled))
+    for bm, bn, warps, stages in [
+        (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+        (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3),
+    ]:  # fmt: skip
+        sizes = {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+        run = lambda: frame_attention_triton(*p5, x.coarse, sizes=sizes)  # noqa: E731, B023
+        guarded(f"pooled {sizes}", h * (views * g) ** 2, d, run, base)
+        run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine, sizes=sizes)  # noqa: E731, B023
+        guarded(f"special queries {sizes}", h * views * s * views * length, d, run, base)
+    for tile in (16, 32, 64):
+        run = lambda: coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, 1, tile)  # noqa: E731, B023
+        guarded(f"coarse + top-k, tile {tile}", h * (views * g) ** 2, d, run, base)
+    bare = tuple(y.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3) for y in (x.q, x.k, x.v, x.gate))
+    for group in (1, 2, 4, 8):
+        index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, group)[1]
+        for blocks, warps, stages in itertools.product((2, 4, 8), sorted({group, max(4, group)}), (2, 3, 4)):
+            if blocks * stages > 16:
+                continue
+            sizes = {"STEP": blocks, "num_warps": warps, "num_stages": stages}
+            run = lambda: selected_attention_triton(  # noqa: E731
+                *bare[:3], index, x.compressed, bare[3], x.fine, 0, group, sizes  # noqa: B023
+            )  # fmt: skip
+            guarded(f"selected, group {group} {sizes}", h * views * g * 16 * 16 * index.shape[-1], d, run, base)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tune", action="store_true", help="try tile sizes at 128 views instead")
+    parser.add_argument("--views", type=int, nargs="*", default=[32, 128, 512, 1024])
+    parser.add_argument("--dense-up-to", type=int, default=128, help="views up to which dense attention is timed")
+    args = parser.parse_args()
+    print(f"{torch.cuda.get_device_name() if CUDA else 'interpreter'}, torch {torch.__version__}")
+    if args.tune:
+        tune(PI3 if CUDA else TINY, 128 if CUDA else 2)
+        return
+    step(PI3 if CUDA else TINY)
+    if CUDA:
+        step(COMPACT)
+        parallel(COMPACT, 48, 48)
+        prepare(COMPACT, 48, graph=False)
+    for views in args.views if CUDA else [2]:
+        parallel(PI3 if CUDA else TINY, views, args.dense_up_to)
+        prepare(PI3 if CUDA else TINY, views, graph=False)
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

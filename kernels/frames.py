@@ -1,0 +1,395 @@
+"""Attention between the tokens of frames under a frame-level rule of visibility: Triton kernels and their reference.
+
+Both other attention modules are built on it. No token-level mask exists: a tile of queries walks along the list of the
+frames that its rows may see, first those that all of its rows see (no masks), then those that only some see. Flash
+attention's online softmax (Dao et al., 2022) does the rest. The tables and lists live on the device, so nothing
+synchronises with the host and a CUDA graph can hold every launch; a frame that no query sees is never read.
+
+Shape letters: B sequences, T query frames of X rows each, N key frames of Y rows each, H heads, D head width. All tensors
+may be strided views (ring buffers, the special tokens of every frame); only the last axis must be contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # platforms without Triton use the reference
+    triton = None
+
+LOG2E = 1.4426950408889634
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether the public functions run their Triton kernels for x, else the reference."""
+    return triton is not None and x.is_cuda and x.dtype in KERNEL_TYPES
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side, at one per multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> None:
+    """Raise ValueError unless the arguments of `frame_attention` fit together."""
+    (b, h, t, _, d), n = q.shape, k.shape[2]
+    if k.shape != v.shape or k.shape[:2] != (b, h) or k.shape[4] != d:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if visible.dtype != torch.bool or visible.shape not in ((1, t, n), (b, t, n)):
+        raise ValueError(f"visible must be bool of (1 or {b}, {t}, {n}), not {visible.dtype} {tuple(visible.shape)}")
+
+
+def frame_attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain torch; arguments and results of `frame_attention`."""
+    check(q, k, v, visible)
+    high = torch.promote_types(q.dtype, torch.float32)
+    mask = visible[:, None, :, None, :, None]
+    scores = torch.einsum("bhtxd,bhnyd->bhtxny", q.to(high), k.to(high)) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~mask, -torch.inf).flatten(4)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    seen = visible.any(1)[:, None, :, None, None]  # what nobody sees may hold anything, also NaN
+    values = v.to(high).masked_fill(~seen, 0).flatten(2, 3)
+    return torch.einsum("bhtxj,bhjd->bhtxd", weights, values).to(q.dtype), lse
+
+
+if triton is not None:
+
+    @triton.jit
+    def _list_frames(
+        visible, lists, words, counts, T, N, X, stride_b, stride_t, stride_n, TILE: tl.constexpr, CHUNK: tl.constexpr
+    ):
+        """Frames seen by all rows of a tile of TILE query rows, then those seen by some only, each in rising order.
+
+        Bit i of a listed frame's word says that the tile's i-th query frame sees it.
+        """
+        tile, b = tl.program_id(0), tl.program_id(1)
+        first = tile * TILE // X
+        last = tl.minimum((tile * TILE + TILE - 1) // X, T - 1)
+        row = b * tl.num_programs(0) + tile
+        count = 0
+        for part in tl.static_range(2):
+            for start in range(0, N, CHUNK):
+                n = start + tl.arange(0, CHUNK)
+                word = tl.zeros([CHUNK], tl.int32)
+                every = n < N
+                for t in range(first, last + 1):
+                    seen = tl.load(visible + b * stride_b + t * stride_t + n * stride_n, mask=n < N, other=0) != 0
+                    every = every & seen
+                    word = word | (seen.to(tl.int32) << (t - first))
+                if part == 0:
+                    pick = every.to(tl.int32)
+                else:
+                    pick = ((word != 0) & ~every).to(tl.int32)
+                place = count + tl.cumsum(pick, 0) - 1
+                tl.store(lists + row.to(tl.int64) * N + place, n, mask=pick != 0)
+                tl.store(words + row.to(tl.int64) * N + place, word, mask=pick != 0)
+                count += tl.sum(pick, 0)
+            tl.store(counts + row * 2 + part, count)  # seen by all; seen by any
+
+    @triton.jit
+    def _forward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        maxima,
+        lists,
+        words,
+        counts,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        o_s,
+        o_b,
+        o_h,
+        o_t,
+        o_x,
+        list_b,
+        H,
+        T,
+        N,
+        X,
+        resident,
+        scale,
+        Y: tl.constexpr,
+        Y_PADDED: tl.constexpr,
+        D: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        SPLITS: tl.constexpr,
+        TILE: tl.constexpr,
+        SCORES: tl.constexpr,
+        VALUES: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """One tile of BM query rows against one share of its keys.
+
+        v has the strides of k. SCORES stores the largest score of each TILE keys of the first `resident` frames; VALUES stores the attention.
+        """
+        tile, split = tl.program_id(0), tl.program_id(2)
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        PADDED: tl.constexpr = Y_PADDED != Y
+
+        rows = tile * BM + tl.arange(0, BM)
+        inside = rows < T * X
+        t, x = tl.minimum(rows // X, T - 1), rows % X
+        d = tl.arange(0, D)
+        b64, h64 = b.to(tl.int64), h.to(tl.int64)
+        q += b64 * q_b + h64 * q_h
+        query = tl.load(q + (t.to(tl.int64) * q_t + x * q_x)[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        k += b64 * k_b + h64 * k_h
+        v += b64 * k_b + h64 * k_h
+        bit = t - tile * BM // X
+        listed = b * list_b + tile
+        lists += listed.to(tl.int64) * N
+        words += listed.to(tl.int64) * N
+        total = tl.load(counts + listed * 2 + 1) * Y_PADDED
+        full = tl.load(counts + listed * 2) * Y_PADDED // BN
+        share = tl.cdiv(tl.cdiv(total, BN), SPLITS)
+        low = split * share
+        high = tl.minimum(low + share, tl.cdiv(total, BN))
+
+        m = tl.full([BM], float("-inf"), tl.float32)
+        l = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        for part in tl.static_range(2):  # tiles of keys that all rows see; then the others, with masks
+            if part == 0:
+                begin, end = low, tl.minimum(high, full)
+            else:
+                begin, end = tl.maximum(low, full), high
+            for i in range(begin, end):
+                j = i * BN + tl.arange(0, BN)
+                y = j % Y_PADDED
+                if part == 0 and not PADDED:
+                    n = tl.load(lists + j // Y_PADDED)
+                    at = (n.to(tl.int64) if WIDE else n) * k_n + y * k_y
+                    key = tl.load(k + at[:, None] + d[None, :])
+                    s = tl.dot(query, tl.trans(key), input_precision="ieee")
+                else:
+                    live = (j < total) & (y < Y)
+                    n = tl.load(lists + j // Y_PADDED, mask=j < total, other=0)
+                    at = (n.to(tl.int64) if WIDE else n) * k_n + y * k_y
+                    key = tl.load(k + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
+                    s = tl.dot(query, tl.trans(key), input_precision="ieee")
+                    s = tl.where(live[None, :], s, float("-inf"))
+                if SCORES:
+                    first = i * BN + tl.arange(0, BN // TILE) * TILE
+                    frame = tl.load(lists + first // Y_PADDED, mask=first < total, other=resident)
+                    column = frame * (Y_PADDED // TILE) + first % Y_PADDED // TILE
+                    row = (tl.program_id(1) * T * X + rows).to(tl.int64) * (resident * (Y_PADDED // TILE))
+                    tl.store(
+                        maxima + row[:, None] + column[None, :],
+                        tl.max(tl.reshape(s, (BM, BN // TILE, TILE)), 2),
+                        mask=inside[:, None] & (frame < resident)[None, :],
+                    )
+                if VALUES:
+                    if part == 0 and not PADDED:
+                        value = tl.load(v + at[:, None] + d[None, :])
+                    else:
+                        value = tl.load(v + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
+                    if part == 1:
+                        word = tl.load(words + j // Y_PADDED, mask=live, other=0)
+                        s = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, s, float("-inf"))
+                    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+                    origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far
+                    p = tl.exp2(s * scale - origin[:, None])
+                    shrink = tl.exp2(m - origin)
+                    l = l * shrink + tl.sum(p, 1)
+                    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+                    m = m_new
+        if VALUES:
+            acc = acc / tl.where(l == 0, 1.0, l)[:, None]
+            out += split.to(tl.int64) * o_s + b64 * o_b + h64 * o_h
+            place = (t.to(tl.int64) * o_t + x * o_x)[:, None] + d[None, :]
+            tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside[:, None])
+            lse += (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * T * X
+            tl.store(lse + rows, (m + tl.log2(l)) * 0.6931471805599453, mask=inside)
+
+    @triton.jit
+    def _combine(
+        partial,
+        partial_lse,
+        out,
+        lse,
+        o_b,
+        o_h,
+        o_t,
+        o_x,
+        H,
+        T,
+        X,
+        D: tl.constexpr,
+        BM: tl.constexpr,
+        SPLITS: tl.constexpr,
+    ):
+        """Join the shares that `_forward` made of the keys."""
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        rows = tl.program_id(0) * BM + tl.arange(0, BM)
+        inside = rows < T * X
+        t, x = rows // X, rows % X
+        d = tl.arange(0, D)
+        size = tl.num_programs(1).to(tl.int64) * T * X  # rows of one share
+        at = tl.program_id(1).to(tl.int64) * T * X + rows
+        m = tl.full([BM], float("-inf"), tl.float32)
+        for split in range(SPLITS):
+            m = tl.maximum(m, tl.load(partial_lse + split * size + at, mask=inside, other=float("-inf")))
+        origin = tl.where(m == float("-inf"), 0.0, m)
+        l = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, D], tl.float32)
+        for split in range(SPLITS):
+            weight = tl.exp(tl.load(partial_lse + split * size + at, mask=inside, other=float("-inf")) - origin)
+            l += weight
+            where = (split * size + at)[:, None] * D + d[None, :]
+            acc += weight[:, None] * tl.load(partial + where, mask=inside[:, None], other=0.0)
+        acc = acc / tl.where(l == 0, 1.0, l)[:, None]
+        out += b.to(tl.int64) * o_b + h.to(tl.int64) * o_h
+        place = (t.to(tl.int64) * o_t + x * o_x)[:, None] + d[None, :]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside[:, None])
+        tl.store(lse + at, m + tl.log(l), mask=inside)
+
+
+def list_frames(visible: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What each tile of `tile` query rows has to look at, `rows` rows to a query frame.
+
+    visible: (B or 1, T, N) bool. Returns lists (B or 1, tiles, N) int32, of which row i holds the frames that all of
+    tile i's rows see and then those that some of them see; words like it, of which bit j says whether the j-th query
+    frame of the tile sees the listed one; and counts (B or 1, tiles, 2) int32: how many all see, how many any sees.
+    Raises ValueError if a tile touches more than 32 frames, the bits of a word.
+    """
+    b, t, n = visible.shape
+    if touched(t, rows, tile) > 32:
+        raise ValueError(f"a tile of {tile} rows touches more than 32 frames of {rows} rows")
+    tiles = triton.cdiv(t * rows, tile)
+    lists, words = torch.empty(2, b, tiles, n, dtype=torch.int32, device=visible.device)
+    counts = torch.empty(b, tiles, 2, dtype=torch.int32, device=visible.device)
+    chunk = min(1024, triton.next_power_of_2(n))
+    _list_frames[(tiles, b)](
+        visible.view(torch.uint8), lists, words, counts, t, n, rows, *visible.stride(), TILE=tile, CHUNK=chunk
+    )
+    return lists, words, counts
+
+
+def touched(frames: int, rows: int, tile: int) -> int:
+    """How many of the query frames one tile of rows touches at most."""
+    return min(frames, -(-tile // rows) + (tile % rows > 0))
+
+
+def tile_sizes(frames: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of queries and keys, warps and pipeline stages for so many query frames of `rows` rows each."""
+    low = dtype != torch.float32  # without tensor cores: smaller tiles, so that registers suffice
+    bm = min(128 if low else 32, max(16, triton.next_power_of_2(frames * rows)))
+    while touched(frames, rows, bm) > 32:
+        bm //= 2
+    if low:
+        return {"BM": bm, "BN": 64, "num_warps": {128: 8, 64: 4, 32: 2, 16: 1}[bm], "num_stages": 3}
+    return {"BM": bm, "BN": 32, "num_warps": 4, "num_stages": 2}
+
+
+def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with the same strides, copied only if they differ."""
+    return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
+
+
+def wide(k: Tensor) -> bool:
+    """Whether rows of one sequence and head, (B, H, N, Y, D), lie further apart than 32 bits can say."""
+    return k.shape[2] * k.stride(2) + k.shape[3] * k.stride(3) >= 2**31
+
+
+def frame_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    out: Tensor | None = None,
+    maxima: tuple[Tensor, int] | None = None,
+    values: bool = True,
+    splits: int | None = None,
+    sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels; arguments and results of `frame_attention`, and more.
+
+    out: where to write, (B, H, T, X, D) of any type and strides. maxima: (buffer, tile): also store, before scaling, the
+    largest score of every `tile` keys, where buffer is float32 (B, H, T * X, R * ceil(Y / tile)) and belongs to the first R
+    key frames; entries of frames outside a row's tile's list stay as they were. values=False does only that. splits:
+    shares of the keys that run side by side; sizes: tile sizes, both chosen by shape if None.
+    """
+    check(q, k, v, visible)
+    (b, h, t, x, d), (n, y) = q.shape, k.shape[2:4]
+    if d < 16 or d & (d - 1):
+        raise ValueError(f"head width {d} must be a power of two, at least 16")
+    k, v = alike(k, v)
+    sizes = sizes or tile_sizes(t, x, q.dtype)
+    bm, bn = sizes["BM"], sizes["BN"]
+    tile = maxima[1] if maxima else 16
+    padded = triton.cdiv(y, tile) * tile if maxima else y
+    resident = maxima[0].shape[-1] // (padded // tile) if maxima else 0
+    lists, words, counts = list_frames(visible, x, bm)
+    tiles = lists.shape[1]
+    if splits is None:
+        splits = min(2 * multiprocessors(q.device) // (tiles * b * h), triton.cdiv(n * padded, 4 * bn), 64)
+    splits = max(1, splits)
+    if out is None:
+        out = torch.empty(b, h, t, x, d, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, h, t, x, dtype=torch.float32, device=q.device)
+    if splits == 1:
+        target, target_lse, strides = out, lse, (0, *out.stride()[:4])
+    else:
+        target = torch.empty(splits, b, h, t, x, d, dtype=torch.float32, device=q.device)
+        target_lse = torch.empty(splits, b, h, t, x, dtype=torch.float32, device=q.device)
+        strides = target.stride()[:5]
+    _forward[(tiles, b * h, splits)](
+        q,
+        k,
+        v,
+        target,
+        target_lse,
+        maxima[0] if maxima else lse,
+        lists,
+        words,
+        counts,
+        *q.stride()[:4],
+        *k.stride()[:4],
+        *strides,
+        tiles if lists.shape[0] > 1 else 0,
+        h,
+        t,
+        n,
+        x,
+        resident,
+        d**-0.5 * LOG2E,
+        Y=y,
+        Y_PADDED=padded,
+        D=d,
+        SPLITS=splits,
+        TILE=tile,
+        SCORES=maxima is not None,
+        VALUES=values,
+        WIDE=wide(k),
+        **sizes,
+    )
+    if splits > 1 and values:
+        _combine[(triton.cdiv(t * x, 16), b * h)](
+            target, target_lse, out, lse, *out.stride()[:4], h, t, x, D=d, BM=16, SPLITS=splits, num_warps=2
+        )
+    return out, lse
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention of all rows of a query frame to all rows of the key frames that it sees.
+
+    q: (B, H, T, X, D). k, v: (B, H, N, Y, D). visible: (B or 1, T, N) bool. Scores are scaled by D ** -0.5. Returns the
+    output (B, H, T, X, D) in q's type and the logarithm of the sum of exponentials (B, H, T, X), float32 or finer. A frame
+    that sees nothing gets zeros, and -inf. Raises ValueError on shapes that do not fit.
+    """
+    return (frame_attention_triton if on_kernels(q) else frame_attention_reference)(q, k, v, visible)

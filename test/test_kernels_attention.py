@@ -1,0 +1,294 @@
+"""Attention kernels against float64 definitions that know nothing of tiles, on fresh random inputs of awkward sizes.
+
+Without a GPU they run through Triton's interpreter, which has no bfloat16 products; float16 stands in there.
+"""
+
+import os
+
+import pytest
+import torch
+
+from speed3r_ros.kernels import coarse as coarse_module
+from speed3r_ros.kernels import frames as frames_module
+from speed3r_ros.kernels import selected as selected_module
+from speed3r_ros.kernels.coarse import coarse_attention, coarse_attention_reference
+from speed3r_ros.kernels.frames import frame_attention, frame_attention_reference
+from speed3r_ros.kernels.selected import selected_attention, selected_attention_reference
+from speed3r_ros.model.attention import Tokens, speed3r
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(
+    frames_module.triton is None or (DEVICE == "cpu" and not INTERPRETED),
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1 before the start",
+)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    value = int(torch.randint(2**31, ()))
+    torch.manual_seed(value)
+    print("seed", value)
+
+
+def error(out, expected):
+    assert torch.isfinite(out).all()
+    out, expected = out.double().cpu(), expected.double().cpu()
+    return ((out - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def draw(*shape, dtype=torch.float32):
+    """Random values as an inner part of a larger buffer full of NaN."""
+    buffer = torch.full((shape[0], shape[1] + 1, *shape[2:]), torch.nan, dtype=dtype, device=DEVICE)
+    buffer[:, 1:] = torch.randn(shape, device=DEVICE).to(dtype)
+    return buffer[:, 1:]
+
+
+def softmax_attention(q, k, v, mask):
+    """(R, D), (J, D), (J, D), (R, J) bool in float64; rows that see nothing get zeros."""
+    out = torch.zeros(len(q), v.shape[1], dtype=torch.float64)
+    for r in range(len(q)):
+        j = mask[r].nonzero().flatten()
+        if len(j):
+            out[r] = (k[j] @ q[r] / q.shape[1] ** 0.5).softmax(0) @ v[j]
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- frames
+
+
+def frames_case(b, t, x, n, y, d, dtype=torch.float32, heads=2):
+    q, k, v = draw(b, heads, t, x, d, dtype=dtype), *(draw(b, heads, n, y, d, dtype=dtype) for _ in range(2))
+    visible = torch.rand(b, t, n, device=DEVICE) < 0.6
+    unseen = ~visible.any(1)
+    for i in range(b):
+        k[i, :, unseen[i]] = torch.nan
+        v[i, :, unseen[i]] = torch.inf
+    return q, k, v, visible
+
+
+def frames_by_rows(q, k, v, visible):
+    (b, h, t, x, d), y = q.shape, k.shape[3]
+    q, k, v = (z.double().cpu().flatten(2, 3) for z in (q, k, v))
+    mask = visible.cpu().repeat_interleave(x, 1).repeat_interleave(y, 2)
+    rows = [softmax_attention(q[i, j], k[i, j], v[i, j], mask[i]) for i in range(b) for j in range(h)]
+    return torch.stack(rows).view(b, h, t, x, d)
+
+
+@pytest.mark.parametrize("b, t, x, n, y", [(1, 3, 5, 4, 7), (2, 1, 3, 5, 9), (1, 1, 1, 1, 1), (1, 4, 9, 3, 33)])
+def test_frames_reference_is_its_definition(b, t, x, n, y):
+    q, k, v, visible = frames_case(b, t, x, n, y, 16)
+    out, lse = frame_attention_reference(q.double(), k.double(), v.double(), visible)
+    assert error(out, frames_by_rows(q, k, v, visible)) < 1e-12
+    blind = ~visible.any(2)[:, None, :, None].expand_as(lse)
+    assert torch.equal(lse == -torch.inf, blind)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "b, t, x, n, y, d, splits, dtype",
+    [
+        (1, 3, 5, 4, 7, 16, 1, torch.float32),
+        (2, 1, 3, 5, 9, 32, 3, torch.float32),
+        (1, 1, 1, 1, 1, 16, None, torch.float32),
+        (1, 2, 40, 3, 33, 16, None, torch.float32),
+        (1, 40, 1, 5, 3, 16, None, torch.float32),  # every bit of a word
+        (2, 3, 13, 4, 21, 64, 2, torch.float16),
+    ],
+)
+def test_frames_kernel_is_its_definition(b, t, x, n, y, d, splits, dtype):
+    q, k, v, visible = frames_case(b, t, x, n, y, d, dtype)
+    out, lse = frames_module.frame_attention_triton(q, k, v, visible, splits=splits)
+    assert error(out, frames_by_rows(q, k, v, visible)) < TOLERANCE[dtype]
+    expected = frame_attention_reference(q.double(), k.double(), v.double(), visible)[1]
+    assert torch.equal(lse == -torch.inf, expected == -torch.inf)
+    finite = expected > -torch.inf
+    assert (lse - expected)[finite].abs().max() < 10 * TOLERANCE[dtype] if finite.any() else True
+
+
+# -------------------------------------------------------------------------------------------------------------- coarse
+
+
+def tables(b, t, n, m):
+    """Every frame sees one resident frame at least; the second one is seen by nobody."""
+    fine = torch.rand(b, t, n, device=DEVICE) < 0.6
+    fine[:, :, 0] = True
+    fine[:, :, 1:2] = False
+    return fine, torch.cat([fine, torch.rand(b, t, m - n, device=DEVICE) < 0.5], 2)
+
+
+def coarse_case(b, t, n, m, g, d, dtype=torch.float32, heads=2):
+    fine, coarse = tables(b, t, n, m)
+    q, k, v = draw(b, heads, t * g, d, dtype=dtype), *(draw(b, heads, m * g, d, dtype=dtype) for _ in range(2))
+    hidden = ~coarse.any(1).repeat_interleave(g, 1)
+    for i in range(b):
+        k[i, :, hidden[i]] = torch.nan
+        v[i, :, hidden[i]] = torch.nan
+    return q, k, v, coarse, fine
+
+
+def coarse_by_rows(q, k, v, coarse, fine, top_k, group):
+    """Attention, and the choice as sorted lists, best first by explicit comparison of (score, number)."""
+    b, h, rows, d = q.shape
+    t, n = fine.shape[1:]
+    g = rows // t
+    q, k, v, fine, coarse = (z.double().cpu() if z.is_floating_point() else z.cpu() for z in (q, k, v, fine, coarse))
+    mask = coarse.repeat_interleave(g, 1).repeat_interleave(g, 2)
+    groups, keep = -(-g // group), min(top_k, n * g)
+    out, index = torch.zeros(b, h, rows, d), torch.full((b, h, t * groups, keep), -1, dtype=torch.int32)
+    for i in range(b):
+        for j in range(h):
+            out[i, j] = softmax_attention(q[i, j], k[i, j], v[i, j], mask[i])
+            for row in range(t * groups):
+                frame, first = row // groups, row % groups * group
+                query = q[i, j, frame * g + first : frame * g + min(first + group, g)].mean(0)
+                seen = [a * g + c for a in range(n) if fine[i, frame, a] and coarse[i, frame, a] for c in range(g)]
+                best = sorted(sorted(seen, key=lambda a: (-(k[i, j, a] @ query).item(), a))[:keep])
+                index[i, j, row, : len(best)] = torch.tensor(best, dtype=torch.int32)
+    return out, index
+
+
+COARSE = [
+    (1, 2, 3, 4, 5, 16, 2, 1, torch.float32),  # b, t, n, m, g, d, top_k, group, type
+    (2, 1, 2, 2, 1, 16, 7, 1, torch.float32),
+    (1, 1, 3, 3, 18, 32, 33, 4, torch.float32),
+    (1, 1, 1, 1, 17, 16, 5, 2, torch.float32),
+    (1, 1, 4, 9, 3, 64, 3, 1, torch.float16),
+]
+
+
+@pytest.mark.parametrize("b, t, n, m, g, d, top_k, group, dtype", COARSE)
+def test_coarse_reference_is_its_definition(b, t, n, m, g, d, top_k, group, dtype):
+    case = [z.double() if z.is_floating_point() else z for z in coarse_case(b, t, n, m, g, d)]
+    out, index = coarse_attention_reference(*case, top_k, group)
+    expected, best = coarse_by_rows(*case, top_k, group)
+    assert error(out, expected) < 1e-6 and torch.equal(index.cpu(), best)
+
+
+@needs_kernels
+@pytest.mark.parametrize("b, t, n, m, g, d, top_k, group, dtype", COARSE)
+def test_coarse_kernel_is_its_definition(b, t, n, m, g, d, top_k, group, dtype):
+    case = coarse_case(b, t, n, m, g, d, dtype)
+    out, index = coarse_module.coarse_attention_triton(*case, top_k, group)
+    expected, best = coarse_by_rows(*case, top_k, group)
+    assert error(out, expected) < TOLERANCE[dtype]
+    if group == 1 or dtype == torch.float32:  # a mean of queries is rounded to their type
+        assert torch.equal(index.cpu(), best)
+
+
+@needs_kernels
+@pytest.mark.parametrize("top_k", [3, 11])
+def test_of_equal_scores_the_lower_number_wins(top_k):
+    q, k, v, coarse, fine = coarse_case(1, 1, 3, 3, 6, 16)
+    q.copy_(torch.randint(-3, 4, q.shape))  # small integers: sums are exact, and many are equal
+    k.copy_(torch.randint(-1, 2, k.shape)[:, :, torch.randint(3, k.shape[2:3])])
+    expected = coarse_by_rows(q, k, v.nan_to_num(), coarse, fine, top_k, 1)[1]
+    assert torch.equal(
+        coarse_module.coarse_attention_triton(q, k, v.nan_to_num(), coarse, fine, top_k)[1].cpu(), expected
+    )
+    assert torch.equal(coarse_attention_reference(q, k, v, coarse, fine, top_k)[1].cpu(), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ selected
+
+
+def selected_case(b, t, n, g, s, d, top_k, group, dtype=torch.float32, heads=2):
+    length = s + 16 * g
+    fine = tables(b, t, n, n)[0]
+    q = draw(b, heads, t * length, d, dtype=dtype)
+    k, v = (draw(b, heads, n * length, d, dtype=dtype) for _ in range(2))
+    hidden = ~fine.any(1).repeat_interleave(length, 1)
+    for i in range(b):
+        k[i, :, hidden[i]] = torch.nan
+        v[i, :, hidden[i]] = torch.inf
+    compressed = draw(b, heads, t * g, d, dtype=dtype)
+    gate = torch.rand(b, t * length, heads, 2, device=DEVICE).to(dtype).transpose(1, 2)
+    index = torch.full((b, heads, t * -(-g // group), min(top_k, n * g)), -1, dtype=torch.int32, device=DEVICE)
+    for i in range(b):
+        for j in range(heads):
+            for row in range(index.shape[2]):
+                seen = fine[i, row // -(-g // group)].repeat_interleave(g).nonzero().flatten()
+                best = seen[torch.randperm(len(seen), device=DEVICE)][: index.shape[-1]].sort().values
+                index[i, j, row, : len(best)] = best
+    return q, k, v, index, compressed, gate, fine, s, group
+
+
+def selected_by_rows(q, k, v, index, compressed, gate, fine, s, group):
+    (b, h, rows, d), (t, n) = q.shape, fine.shape[1:]
+    length = rows // t
+    g = (length - s) // 16
+    q, k, v, compressed, gate = (z.double().cpu() for z in (q, k, v, compressed, gate))
+    fine, index, out = fine.cpu(), index.cpu(), torch.zeros(b, h, rows, d, dtype=torch.float64)
+    for i in range(b):
+        for j in range(h):
+            mask = torch.zeros(rows, n * length, dtype=torch.bool)
+            for row in range(rows):
+                frame, token = row // length, row % length
+                for a in fine[i, frame].nonzero().flatten().tolist():
+                    mask[row, a * length : a * length + (length if token < s else s)] = True
+                if token >= s:
+                    for block in index[i, j, frame * -(-g // group) + (token - s) // 16 // group].tolist():
+                        if block >= 0:
+                            first = block // g * length + s + block % g * 16
+                            mask[row, first : first + 16] = True
+            out[i, j] = softmax_attention(q[i, j], k[i, j], v[i, j], mask)
+            for row in range(rows):
+                frame, token = row // length, row % length
+                if token >= s:
+                    coarse = compressed[i, j, frame * g + (token - s) // 16]
+                    out[i, j, row] = gate[i, j, row, 0] * coarse + gate[i, j, row, 1] * out[i, j, row]
+    return out
+
+
+SELECTED = [
+    (1, 2, 3, 2, 3, 16, 2, 1, torch.float32),  # b, t, n, g, s, d, top_k, group, type
+    (2, 1, 2, 1, 1, 16, 9, 1, torch.float32),
+    (1, 1, 1, 5, 0, 32, 3, 2, torch.float32),
+    (1, 1, 3, 3, 2, 64, 7, 4, torch.float16),
+]
+
+
+@pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
+def test_selected_reference_is_its_definition(b, t, n, g, s, d, top_k, group, dtype):
+    case = selected_case(b, t, n, g, s, d, top_k, group)
+    double = [z.double() if torch.is_tensor(z) and z.is_floating_point() else z for z in case]
+    assert error(selected_attention_reference(*double), selected_by_rows(*case)) < 1e-12
+
+
+@needs_kernels
+@pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
+def test_selected_kernel_is_its_definition(b, t, n, g, s, d, top_k, group, dtype):
+    case = selected_case(b, t, n, g, s, d, top_k, group, dtype)
+    out = selected_module.selected_attention_triton(*case)
+    assert error(out, selected_by_rows(*case)) < TOLERANCE[dtype]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------------- whole
+
+
+@pytest.mark.parametrize("frames, resident, banked, blocks, top_k", [(3, 3, 0, 4, 3), (1, 4, 3, 2, 5), (2, 2, 1, 1, 9)])
+def test_both_make_the_strategy(frames, resident, banked, blocks, top_k):
+    heads, width, specials = 2, 16, 3
+    length = specials + 16 * blocks
+    normal = lambda *shape: torch.randn(1, heads, *shape, width, dtype=torch.float64)  # noqa: E731
+    fine, coarse = (z.cpu() for z in tables(1, frames, resident, resident + banked))
+    q = Tokens(normal(frames * length), normal(frames * blocks), torch.rand(1, heads, frames * length, 2).double())
+    k, v = (Tokens(normal(resident * length), normal((resident + banked) * blocks)) for _ in range(2))
+    compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
+    out = selected_attention(q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials)
+    torch.testing.assert_close(out, speed3r(q, k, v, fine, coarse, specials, top_k))
+
+
+def test_wrong_shapes_are_named():
+    q, k = torch.randn(1, 2, 3, 5, 16), torch.randn(1, 2, 4, 5, 16)
+    with pytest.raises(ValueError, match="visible"):
+        frame_attention(q, k, k, torch.ones(1, 3, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="fit"):
+        frame_attention(q, k, k[..., :8], torch.ones(1, 3, 4, dtype=torch.bool))
+    case = selected_case(1, 1, 2, 2, 1, 16, 2, 1)
+    with pytest.raises(ValueError, match="gate"):
+        selected_attention(*case[:5], case[5][:, :1], *case[6:])
+    with pytest.raises(ValueError, match="top_k"):
+        coarse_attention(*coarse_case(1, 1, 2, 2, 2, 16), 0)
