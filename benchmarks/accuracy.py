@@ -172,7 +172,9 @@ def main() -> None:
     if args.rendered:
         print(header("held-out rendered"))
         for views in (2, 4, 8, 12, 24):
-            row = evaluate_rendered(engine.network, args.rendered, views, engine.device, args.attention, seed=100 + views)
+            row = evaluate_rendered(
+                engine.network, args.rendered, views, engine.device, args.attention, seed=100 + views
+            )
             print(table_row(f"{views} views", row), flush=True)
     if args.real:
         folders = sorted(p.parent for p in args.real.glob("*/poses.txt") if not args.only or p.parent.name in args.only)

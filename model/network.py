@@ -72,9 +72,9 @@ class Prediction:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """2-D rotary embedding, half of the head for each axis: x (F, L, 2, H, D), tables (1, L, 1, 1, D), sin with signs."""
-    swapped = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
-    return torch.addcmul(x * cos, swapped, sin)
+    """2-D rotary embedding, half of the head for each axis: x (F, L, 2, H, D), tables (1, L, 1, D)."""
+    a, b, c, d = x.chunk(4, -1)
+    return torch.addcmul(x * cos.unsqueeze(2), torch.cat([-b, a, -d, c], -1), sin.unsqueeze(2))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -220,9 +220,8 @@ class Network(nn.Module):
         def angles(y: Tensor, x: Tensor) -> Tensor:
             quarter = cfg.head_width // 4
             rate = 100.0 ** (-torch.arange(quarter) / quarter)
-            return torch.cat([y[:, None] * rate] * 2 + [x[:, None] * rate] * 2, 1)[None, :, None, None]
+            return torch.cat([y[:, None] * rate] * 2 + [x[:, None] * rate] * 2, 1)[None, :, None]
 
-        sign = torch.tensor([-1.0, 1.0, -1.0, 1.0]).repeat_interleave(cfg.head_width // 4)
         zeros = torch.zeros(cfg.specials)
         token = angles(torch.cat([zeros, y + 1]), torch.cat([zeros, x + 1]))
         block = angles((y + 1).view(-1, BLOCK).mean(1), (x + 1).view(-1, BLOCK).mean(1))
@@ -238,9 +237,9 @@ class Network(nn.Module):
         )
         return dict(
             cos=token.cos(),
-            sin=token.sin() * sign,
+            sin=token.sin(),
             cos_g=block.cos(),
-            sin_g=block.sin() * sign,
+            sin_g=block.sin(),
             position_features=features,
             nominal_rays=torch.stack([px, py])[None],
             order=order,
