@@ -26,7 +26,8 @@ KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def on_kernels(x: Tensor) -> bool:
     """Whether the public functions run their Triton kernels for x, else the reference."""
-    return triton is not None and x.is_cuda and x.dtype in KERNEL_TYPES
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    return triton is not None and x.is_cuda and x.dtype in KERNEL_TYPES and not differentiated
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -42,21 +42,23 @@ def prepare_tokens_reference(
 ) -> tuple[Tensor, ...]:
     """Plain torch; arguments and results of `prepare_tokens`."""
     blocks = check(qkv, cos, cos_pooled, specials)
-    length, _, _, width = qkv.shape[1:]
+    width = qkv.shape[-1]
     high = torch.promote_types(qkv.dtype, torch.float32)
     raw = qkv.to(high)
 
-    def normalise(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rows: int) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+    weight = torch.stack([q_weight, k_weight])[:, None]
+
+    def normalise(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries and keys (F, X, 2, H, D) of X tokens."""
+        x = x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight)
         a, b, c, d = x.chunk(4, -1)
-        turned = torch.cat([-b, a, -d, c], -1)
-        return x * cos.view(1, rows, 1, width) + turned * sin.view(1, rows, 1, width)
+        cos, sin = (table.reshape(1, -1, 1, 1, width) for table in (cos, sin))
+        return torch.addcmul(x * cos, torch.cat([-b, a, -d, c], -1), sin)
 
     out = []
     pooled = raw[:, specials:].unflatten(1, (blocks, BLOCK)).mean(2)
-    for x, c, s, rows in ((raw, cos, sin, length), (pooled, cos_pooled, sin_pooled, blocks)):
-        q, k, v = x.unbind(2)
-        out += [normalise(q, q_weight, c, s, rows), normalise(k, k_weight, c, s, rows), v]
+    for x, c, s in ((raw, cos, sin), (pooled, cos_pooled, sin_pooled)):
+        out += [*normalise(x[:, :, :2], c, s).unbind(2), x[:, :, 2]]
     return tuple(x.to(qkv.dtype).permute(2, 0, 1, 3).contiguous().transpose(0, 1) for x in out)
 
 

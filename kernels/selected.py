@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speed3r_ros.kernels.frames import LOG2E, alike, frame_attention_triton, on_kernels, tl, triton, wide
+from speed3r_ros.kernels.gathered import on_gathered, selected_attention_gathered
 
 BLOCK = 16  # tokens of one 4 x 4 window of patches
 WORKSPACE = 2**29  # bytes at most for softmax states between launches; more heads than that take turns
@@ -264,5 +265,8 @@ def selected_attention(
     gate[..., 0] * compressed + gate[..., 1] * attended. Special queries attend to all tokens of those frames, ungated.
     Returns (B, H, T * L, D), stored so that `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
     """
-    run = selected_attention_triton if on_kernels(q) else selected_attention_reference
+    if on_kernels(q):
+        run = selected_attention_triton
+    else:
+        run = selected_attention_gathered if on_gathered(q, fine) else selected_attention_reference
     return run(q, k, v, index, compressed, gate, fine, specials, group)

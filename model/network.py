@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed3r_ros.model.attention import BLOCK, STRATEGIES, Tokens, pool_blocks
+from speed3r_ros.kernels.qkv import BLOCK, prepare_tokens
+from speed3r_ros.model.attention import STRATEGIES, Tokens
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.quantised import Int8Linear
 
@@ -157,10 +158,8 @@ class GlobalBlock(Block):
         """(F, L, C) -> fine q, k, v (F, H, L, D), pooled q, k, v (F, H, G, D), gate (F, H, L, 2)."""
         h = self.norm1(x).to(compute_dtype(self.qkv))
         qkv = self.project(h)
-        pooled = pool_blocks(qkv.flatten(2, 3).float(), self.specials).unflatten(2, (3, -1))
         gate = self.gate(h).float().sigmoid().to(qkv.dtype).unflatten(-1, (-1, 2)).transpose(1, 2)
-        coarse = (x.to(qkv.dtype) for x in self.normalise(pooled, cos_g, sin_g))
-        return *self.normalise(qkv, cos, sin), *coarse, gate
+        return *prepare_tokens(qkv, self.q_norm, self.k_norm, cos, sin, cos_g, sin_g, self.specials), gate
 
 
 Attend = Callable[[int, tuple[Tensor, ...]], Tensor]

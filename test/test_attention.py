@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from speed3r_ros.model.attention import BLOCK, Tokens, dense, pool_blocks, speed3r
+from speed3r_ros.kernels.qkv import BLOCK
+from speed3r_ros.model.attention import Tokens, dense, speed3r
 
 HEADS, WIDTH, SPECIALS = 2, 8, 3
 
@@ -98,11 +99,3 @@ def test_invisible_frames_have_no_influence():
             x.fine[:, :, hidden_fine] = 1e6
             x.pooled[:, :, hidden_coarse] = -1e6
         torch.testing.assert_close(strategy(q, k, v, fine, coarse, SPECIALS, 3), before)
-
-
-def test_pooling_averages_blocks_and_skips_specials():
-    x = torch.randn(2, SPECIALS + 3 * BLOCK, HEADS, WIDTH)
-    pooled = pool_blocks(x, SPECIALS)
-    for g in range(3):
-        start = SPECIALS + g * BLOCK
-        torch.testing.assert_close(pooled[:, g], x[:, start : start + BLOCK].mean(1))
