@@ -36,8 +36,10 @@ def quantise_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Plain torch; arguments and results of `quantise_rows`."""
     x = x.float()
     largest = x.abs().amax(-1).clamp(min=SMALLEST_ROW)
-    values = x * (LARGEST / largest)[..., None]
-    return values.clamp(-LARGEST, LARGEST).to(E4M3), largest / LARGEST
+    values = (
+        x * (torch.full_like(largest, LARGEST) / largest)[..., None]
+    )  # torch divides a number by a tensor less exactly
+    return values.clamp(-LARGEST, LARGEST).to(E4M3), largest * (1 / LARGEST)
 
 
 def scaled_product_reference(
@@ -67,7 +69,7 @@ if triton is not None:
         large = tl.maximum(power, 0.015625) * 1572864.0
         value = (value + large) - large
         tl.store(values + at * K + column[None, :], value.to(tl.float8e4nv), mask=inside)
-        tl.store(scale + row, tl.div_rn(largest, tl.full([ROWS], 448.0, tl.float32)), mask=row < M)
+        tl.store(scale + row, largest * (1 / 448.0), mask=row < M)
 
     @triton.jit
     def _product(
@@ -181,9 +183,8 @@ class _Linear(torch.autograd.Function):
         x, x_scale, w, w_scale = ctx.saved_tensors
         x_type, w_type, bias_type = ctx.types
         flat = grad.reshape(-1, grad.shape[-1])
-        # E4M3 is exact in 16 bits: only the operand that takes the scale is rounded
-        grad_x = (flat * w_scale).to(x_type) @ w.to(x_type)
-        grad_w = (flat * x_scale[:, None]).to(x_type).T @ x.to(x_type)
+        grad_x = flat @ (w.float() * w_scale[:, None]).to(x_type)
+        grad_w = flat.T @ (x.float() * x_scale[:, None]).to(x_type)
         grad_bias = None if bias_type is None else flat.sum(0, dtype=torch.float32).to(bias_type)
         return grad_x.view(*grad.shape[:-1], -1), grad_w.to(w_type), grad_bias
 

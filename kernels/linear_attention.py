@@ -163,7 +163,6 @@ if triton is not None:
     def _read_backward(
         q,
         states,
-        out,
         grad,
         grad_q,
         grad_states,
@@ -171,10 +170,6 @@ if triton is not None:
         q_h,
         q_t,
         q_x,
-        o_b,
-        o_h,
-        o_t,
-        o_x,
         g_b,
         g_h,
         g_t,
@@ -192,7 +187,6 @@ if triton is not None:
         b, h, t = frame // (H * T), frame // T % H, frame % T
         d = tl.arange(0, D)
         q += b * q_b + h * q_h + t * q_t
-        out += b * o_b + h * o_h + t * o_t
         grad += b * g_b + h * g_h + t * g_t
         grad_q += frame * X * D
         states += frame * ((D + 1) * D)
@@ -205,13 +199,14 @@ if triton is not None:
             x = first + tl.arange(0, BX)
             live = (x < X)[:, None]
             query = tl.load(q + x[:, None] * q_x + d[None, :], mask=live, other=0.0).to(tl.float32)
-            value = tl.load(out + x[:, None] * o_x + d[None, :], mask=live, other=0.0).to(tl.float32)
             g = tl.load(grad + x[:, None] * g_x + d[None, :], mask=live, other=0.0).to(tl.float32)
             feature = _feature(query)
             divisor = tl.sum(feature * total[None, :], 1)
-            divisor = tl.where(divisor == 0, 1.0, divisor)
-            to_divisor = -tl.sum(g * value, 1) / divisor
-            g = g / divisor[:, None]
+            divisor = tl.where(divisor == 0, 1.0, divisor)[:, None]
+            # the output once more, because the stored one is rounded and the difference below would feel it
+            value = tl.dot(feature, matrix, input_precision=PRECISION) / divisor
+            g = g / divisor
+            to_divisor = -tl.sum(g * value, 1)
             to_feature = tl.dot(g, tl.trans(matrix), input_precision=PRECISION) + to_divisor[:, None] * total[None, :]
             to_query = to_feature * tl.where(query > 0, 1.0, feature)
             tl.store(grad_q + x[:, None] * D + d[None, :], to_query.to(grad_q.dtype.element_ty), mask=live)
@@ -222,11 +217,11 @@ if triton is not None:
         tl.store(grad_states + D * D + d, acc_total)
 
 
-def tile_sizes(rows: int, dtype: torch.dtype) -> tuple[int, dict[str, int | str]]:
-    """Rows per tile, and how the kernels multiply and are scheduled for frames of so many rows."""
+def tile_sizes(rows: int, width: int, dtype: torch.dtype) -> tuple[int, dict[str, int | str]]:
+    """Rows per tile, and how the kernels multiply and are scheduled for frames of so many rows of so many numbers."""
     low = dtype != torch.float32
     tile = min(64 if low else 32, max(16, triton.next_power_of_2(rows)))
-    return tile, {"PRECISION": "tf32" if low else "ieee", "num_warps": 4, "num_stages": 2}
+    return tile, {"PRECISION": "tf32" if low else "ieee", "num_warps": 4 if width <= 64 else 8, "num_stages": 2}
 
 
 class _KeyStates(torch.autograd.Function):
@@ -235,7 +230,7 @@ class _KeyStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, k: Tensor, v: Tensor) -> Tensor:
         b, h, n, y, d = k.shape
-        tile, options = tile_sizes(y, k.dtype)
+        tile, options = tile_sizes(y, d, k.dtype)
         chunks = triton.cdiv(y, CHUNK)
         states = torch.empty(chunks, b, h, n, d + 1, d, dtype=torch.float32, device=k.device)
         _states[(b * h * n, chunks)](
@@ -248,7 +243,7 @@ class _KeyStates(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         k, v = ctx.saved_tensors
         b, h, n, y, d = k.shape
-        tile, options = tile_sizes(y, k.dtype)
+        tile, options = tile_sizes(y, d, k.dtype)
         grad_k, grad_v = (torch.empty(k.shape, dtype=x.dtype, device=k.device) for x in (k, v))
         grid = b * h * n, triton.cdiv(y, tile)
         strides = *k.stride()[:4], *v.stride()[:4]
@@ -262,26 +257,26 @@ class _ReadStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, states: Tensor) -> Tensor:
         b, h, t, x, d = q.shape
-        tile, options = tile_sizes(x, q.dtype)
+        tile, options = tile_sizes(x, d, q.dtype)
         states = states.contiguous()
         out = torch.empty(b, t, x, h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
         grid = b * h * t, triton.cdiv(x, tile)
         _read[grid](q, states, out, *q.stride()[:4], *out.stride()[:4], h, t, x, D=d, BX=tile, **options)
-        ctx.save_for_backward(q, states, out)
+        ctx.save_for_backward(q, states)
         return out
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        q, states, out = ctx.saved_tensors
+        q, states = ctx.saved_tensors
         b, h, t, x, d = q.shape
-        tile, options = tile_sizes(x, q.dtype)
+        tile, options = tile_sizes(x, d, q.dtype)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         chunks = triton.cdiv(x, CHUNK)
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         grad_states = torch.empty(chunks, *states.shape, dtype=torch.float32, device=q.device)
-        strides = *q.stride()[:4], *out.stride()[:4], *grad.stride()[:4]
+        strides = *q.stride()[:4], *grad.stride()[:4]
         _read_backward[(b * h * t, chunks)](
-            q, states, out, grad, grad_q, grad_states, *strides, h, t, x, CHUNK, D=d, BX=tile, **options
+            q, states, grad, grad_q, grad_states, *strides, h, t, x, CHUNK, D=d, BX=tile, **options
         )
         return grad_q, grad_states[0] if chunks == 1 else grad_states.sum(0)
 
