@@ -72,7 +72,7 @@ if triton is not None:
         acc = tl.zeros([D, D], tl.float32)
         total = tl.zeros([D], tl.float32)
         for first in range(begin, tl.minimum(begin + CHUNK, Y), BY):
-            y = first + tl.arange(0, BY)
+            y = (first + tl.arange(0, BY)).to(tl.int64)
             live = (y < Y)[:, None]
             key = tl.load(k + y[:, None] * k_y + d[None, :], mask=live, other=0.0).to(tl.float32)
             value = tl.load(v + y[:, None] * v_y + d[None, :], mask=live, other=0.0).to(tl.float32)
@@ -108,7 +108,7 @@ if triton is not None:
         """Gradients of one tile of keys and values; the results are contiguous."""
         frame = tl.program_id(0).to(tl.int64)
         b, h, n = frame // (H * N), frame // N % H, frame % N
-        y, d = tl.program_id(1) * BY + tl.arange(0, BY), tl.arange(0, D)
+        y, d = (tl.program_id(1) * BY + tl.arange(0, BY)).to(tl.int64), tl.arange(0, D)
         live = (y < Y)[:, None]
         k += b * k_b + h * k_h + n * k_n
         v += b * v_b + h * v_h + n * v_n
@@ -148,7 +148,7 @@ if triton is not None:
         """One tile of a frame's queries, of one head, against the state that they see."""
         frame = tl.program_id(0).to(tl.int64)
         b, h, t = frame // (H * T), frame // T % H, frame % T
-        x, d = tl.program_id(1) * BX + tl.arange(0, BX), tl.arange(0, D)
+        x, d = (tl.program_id(1) * BX + tl.arange(0, BX)).to(tl.int64), tl.arange(0, D)
         live = (x < X)[:, None]
         q += b * q_b + h * q_h + t * q_t
         feature = _feature(tl.load(q + x[:, None] * q_x + d[None, :], mask=live, other=0.0).to(tl.float32))
@@ -196,7 +196,7 @@ if triton is not None:
         acc_total = tl.zeros([D], tl.float32)
         begin = tl.program_id(1) * CHUNK
         for first in range(begin, tl.minimum(begin + CHUNK, X), BX):
-            x = first + tl.arange(0, BX)
+            x = (first + tl.arange(0, BX)).to(tl.int64)
             live = (x < X)[:, None]
             query = tl.load(q + x[:, None] * q_x + d[None, :], mask=live, other=0.0).to(tl.float32)
             g = tl.load(grad + x[:, None] * g_x + d[None, :], mask=live, other=0.0).to(tl.float32)
@@ -220,7 +220,8 @@ if triton is not None:
 def tile_sizes(rows: int, width: int, dtype: torch.dtype) -> tuple[int, dict[str, int | str]]:
     """Rows per tile, and how the kernels multiply and are scheduled for frames of so many rows of so many numbers."""
     low = dtype != torch.float32
-    tile = min(64 if low else 32, max(16, triton.next_power_of_2(rows)))
+    tile = (4096 if low else 2048) // max(64, width)
+    tile = min(tile, max(16, triton.next_power_of_2(rows)))
     return tile, {"PRECISION": "tf32" if low else "ieee", "num_warps": 4 if width <= 64 else 8, "num_stages": 2}
 
 
