@@ -26,7 +26,7 @@ from torch import Tensor
 
 from speed3r_ros.kernels import frames as frames_module
 from speed3r_ros.kernels.coarse import coarse_attention_reference, coarse_attention_triton, group_queries
-from speed3r_ros.kernels.frames import frame_attention_reference, frame_attention_triton
+from speed3r_ros.kernels.frames import Visible, frame_attention_reference, frame_attention_triton
 from speed3r_ros.kernels.qkv import prepare_tokens_reference, prepare_tokens_triton
 from speed3r_ros.kernels.selected import selected_attention_reference, selected_attention_triton
 
@@ -98,6 +98,9 @@ CASES = [
     Case("Pi3 size, 32 views", "all", heads=16, frames=32, resident=32, blocks=63, specials=5, top_k=32),
     Case("Pi3 size, causal", "causal", heads=16, frames=32, resident=32, blocks=63, specials=5, top_k=32, group=4),
     Case("Pi3 size, a step", "random", heads=16, frames=1, resident=25, banked=256, blocks=63, specials=5, top_k=32),
+    Case("Pi3 size, 160 views", heads=2, frames=12, resident=160, blocks=63, specials=5, top_k=32),
+    Case("Pi3 size, K 200", heads=1, frames=6, resident=400, banked=9, blocks=63, specials=5, top_k=200),
+    Case("1000 views, 63 blocks", heads=1, frames=2, resident=1000, blocks=63, specials=1, width=32, top_k=32),
     Case("1000 views", "all", heads=2, frames=1000, resident=1000, blocks=4, specials=1, width=16, top_k=32),
     Case("1000 views, causal", "causal", heads=2, frames=1000, resident=1000, blocks=3, specials=2, width=32, top_k=20),
 ]
@@ -212,12 +215,12 @@ def check_attention(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     hide(coarse.any(1), g, k, v)
     poison()
     (out, index), (again, index_again) = (
-        coarse_attention_triton(q, k, v, coarse, fine, case.top_k, case.group) for _ in range(2)
+        coarse_attention_triton(q, k, v, Visible(coarse), Visible(fine), case.top_k, case.group) for _ in range(2)
     )
     frames, heads = sample(case)
     part = pick(q, frames, heads, t).double()
     ks, vs = k[:, heads].double(), v[:, heads].double()
-    args = coarse[:, frames], fine[:, frames], case.top_k, case.group
+    args = Visible(coarse[:, frames]), Visible(fine[:, frames]), case.top_k, case.group
     ref = coarse_attention_reference(part, ks, vs, *args)[0]
     terms = coarse_attention_reference(part, ks, vs.abs(), *args)[0]
     equal = torch.equal(out, again) and torch.equal(index, index_again)
@@ -234,11 +237,12 @@ def check_attention(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     compressed = draw(case.heads, case.batch, t * g, case.width, dtype)
     gate = torch.rand(case.batch, t * case.length, case.heads, 2, device=DEVICE).to(dtype).transpose(1, 2)
     poison()
-    out, again = (selected_attention_triton(q, k, v, index, compressed, gate, fine, s, case.group) for _ in range(2))
+    args = index, compressed, gate, Visible(fine), s, case.group
+    out, again = (selected_attention_triton(q, k, v, *args) for _ in range(2))
     part = [pick(x, frames, heads, t) for x in (q, index, compressed, gate)]
     part = [x.double() if x.is_floating_point() else x for x in part]
     ks, vs = k[:, heads].double(), v[:, heads].double()
-    args = part[3], fine[:, frames], s, case.group
+    args = part[3], Visible(fine[:, frames]), s, case.group
     ref = selected_attention_reference(part[0], ks, vs, part[1], part[2], *args)
     terms = selected_attention_reference(part[0], ks, vs.abs(), part[1], part[2].abs(), *args)
     yield compare(case.name, "selected", dtype, pick(out, frames, heads, t), ref, terms, torch.equal(out, again))
@@ -253,11 +257,11 @@ def check_frames(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     )
     hide(fine.any(1), case.length, k.flatten(2, 3), v.flatten(2, 3))
     poison()
-    (out, _), (again, _) = (frame_attention_triton(q, k, v, fine) for _ in range(2))
+    (out, _), (again, _) = (frame_attention_triton(q, k, v, Visible(fine)) for _ in range(2))
     frames, heads = sample(case)
     part, ks, vs = (x[:, heads].double() for x in (q[:, :, frames], k, v))
-    ref = frame_attention_reference(part, ks, vs, fine[:, frames])[0]
-    terms = frame_attention_reference(part, ks, vs.abs(), fine[:, frames])[0]
+    ref = frame_attention_reference(part, ks, vs, Visible(fine[:, frames]))[0]
+    terms = frame_attention_reference(part, ks, vs.abs(), Visible(fine[:, frames]))[0]
     yield compare(case.name, "frames", dtype, out[:, heads][:, :, frames], ref, terms, torch.equal(out, again))
 
 
@@ -285,8 +289,9 @@ def check_graph(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     gate = torch.rand(1, case.heads, case.length, 2, device=DEVICE).to(dtype)
 
     def step() -> Tensor:
-        compressed, index = coarse_attention_triton(*pooled, coarse, fine, case.top_k)
-        return selected_attention_triton(q, k, v, index, compressed, gate, fine, case.specials)
+        shown = Visible(coarse), Visible(fine)
+        compressed, index = coarse_attention_triton(*pooled, *shown, case.top_k)
+        return selected_attention_triton(q, k, v, index, compressed, gate, shown[1], case.specials)
 
     step()
     torch.cuda.synchronize()

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speed3r_ros.kernels.coarse import coarse_attention_triton
-from speed3r_ros.kernels.frames import frame_attention_triton
+from speed3r_ros.kernels.frames import Visible, frame_attention_triton
 from speed3r_ros.kernels.qkv import prepare_tokens_triton
 from speed3r_ros.kernels.selected import selected_attention_triton
 
@@ -102,8 +102,9 @@ class Tokens:
 
     def __init__(self, model: Model, frames: int, resident: int, known: int) -> None:
         h, d, g, length = model.heads, model.width, model.blocks, model.length
-        self.fine = torch.ones(1, frames, resident, dtype=torch.bool, device=DEVICE)
-        self.coarse = torch.ones(1, frames, known, dtype=torch.bool, device=DEVICE)
+        self.fine, self.coarse = (
+            Visible(torch.ones(1, frames, n, dtype=torch.bool, device=DEVICE)) for n in (resident, known)
+        )
         self.q, self.k, self.v = (rand(1, h, n * length, d) for n in (frames, resident, resident))
         self.pooled = [rand(1, h, n * g, d) for n in (frames, known, known)]
         self.gate = torch.rand(1, h, frames * length, 2, device=DEVICE).to(DTYPE)
@@ -111,7 +112,7 @@ class Tokens:
 
     def near(self, model: Model, group: int) -> Tensor:
         """A choice in which neighbouring blocks share most blocks: runs around one's own place in a few frames."""
-        t, n = self.fine.shape[1:]
+        t, n = self.fine.table.shape[1:]
         count = min(8, model.blocks)
         places = torch.arange(0, model.blocks, group, device=DEVICE)[:, None] + torch.arange(count, device=DEVICE)
         frames = torch.rand(t, n, device=DEVICE).argsort(-1)[:, : max(1, model.top_k // count)]

@@ -154,8 +154,8 @@ if triton is not None:
         live = n < N
         live = live & (tl.load(fine + n * fine_n, mask=live, other=0) != 0)
         live = live & (tl.load(coarse + n * coarse_n, mask=live, other=0) != 0)
-        some = live[:, None] & (within * TILE < G)[None, :]
-        best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=some, other=float("-inf"))
+        stored = live[:, None] & (within < PER_FRAME)[None, :]
+        best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
         if FRAMES_KEPT < FRAMES:
             taken = _best(tl.max(best, 1), live, K)
             count = tl.sum(taken, 0)
@@ -164,8 +164,9 @@ if triton is not None:
             i = tl.arange(0, FRAMES_KEPT)
             n = tl.load(index + i, mask=i < count, other=0)
             tl.debug_barrier()
-            some = (i < count)[:, None] & (within * TILE < G)[None, :]
-            best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=some, other=float("-inf"))
+            stored = (i < count)[:, None] & (within < PER_FRAME)[None, :]
+            best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
+        some = stored & (within * TILE < G)[None, :]
         tile = tl.reshape(n[:, None] * PER_FRAME + within[None, :], (FRAMES_KEPT * TILES,))
         taken = _best(tl.reshape(best, (FRAMES_KEPT * TILES,)), tl.reshape(some, (FRAMES_KEPT * TILES,)), K)
         number = tile
@@ -180,20 +181,20 @@ if triton is not None:
             STEPS: tl.constexpr = KEPT * TILE // CHUNK
             score = tl.zeros([STEPS, CHUNK], tl.float32)
             for step in range(STEPS):
-                i = step * CHUNK + tl.arange(0, CHUNK)
-                tile = tl.load(index + i // TILE, mask=i // TILE < count, other=0)
-                y = tile % PER_FRAME * TILE + i % TILE
-                live = (i // TILE < count) & (y < G)
-                at = (tile // PER_FRAME).to(tl.int64) * k_n + y * k_y
-                key = tl.load(k + at[:, None] + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+                place = step * CHUNK + tl.arange(0, CHUNK)
+                source = tl.load(index + place // TILE, mask=place // TILE < count, other=0)
+                y = source % PER_FRAME * TILE + place % TILE
+                at = (source // PER_FRAME).to(tl.int64) * k_n + y * k_y
+                some_keys = (place // TILE < count) & (y < G)
+                key = tl.load(k + at[:, None] + d[None, :], mask=some_keys[:, None], other=0.0).to(tl.float32)
                 part = tl.sum(key * query[None, :], 1)
                 score = tl.where((tl.arange(0, STEPS) == step)[:, None], part[None, :], score)
             i = tl.arange(0, KEPT * TILE)
             tile = tl.load(index + i // TILE, mask=i // TILE < count, other=0)
             tl.debug_barrier()
-            y = tile % PER_FRAME * TILE + i % TILE
-            taken = _best(tl.reshape(score, (KEPT * TILE,)), (i // TILE < count) & (y < G), K)
-            number = tile // PER_FRAME * G + y
+            block = tile % PER_FRAME * TILE + i % TILE
+            taken = _best(tl.reshape(score, (KEPT * TILE,)), (i // TILE < count) & (block < G), K)
+            number = tile // PER_FRAME * G + block
         else:
             number = tile // PER_FRAME * G + tile % PER_FRAME
         count = tl.sum(taken, 0)
