@@ -11,6 +11,7 @@ may be strided views (ring buffers, the special tokens of every frame); only the
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -48,6 +49,11 @@ class Visible:
             raise ValueError(f"visible must be bool of three axes, not {table.dtype} {tuple(table.shape)}")
         self.table = table
         self._lists: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @functools.cached_property
+    def transposed(self) -> Visible:
+        """By which frames a frame is seen."""
+        return Visible(self.table.transpose(1, 2))
 
     def lists(self, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
         """`list_frames` of the table."""
@@ -287,6 +293,180 @@ if triton is not None:
         tl.store(place + d, acc.to(out.dtype.element_ty))
         tl.store(lse + at, m + tl.log(l))
 
+    @triton.jit
+    def _backward_queries(
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        grad_q,
+        lists,
+        words,
+        counts,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        g_b,
+        g_h,
+        g_t,
+        g_x,
+        list_b,
+        H,
+        T,
+        N,
+        X,
+        scale,
+        Y: tl.constexpr,
+        D: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradient of one tile of BM query rows. v has the strides of k; grad_q is contiguous.
+
+        lse is in powers of two, +inf where a row sees nothing; delta is what every row's gradient of scores loses.
+        """
+        tile = tl.program_id(0)
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        b64, h64 = b.to(tl.int64), h.to(tl.int64)
+        rows = tile * BM + tl.arange(0, BM)
+        inside = rows < T * X
+        t, x = tl.minimum(rows // X, T - 1), rows % X
+        d = tl.arange(0, D)
+        at = q + b64 * q_b + h64 * q_h + (t.to(tl.int64) * q_t + x * q_x)[:, None]
+        query = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
+        at = grad + b64 * g_b + h64 * g_h + (t.to(tl.int64) * g_t + x * g_x)[:, None]
+        g = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
+        row = tl.program_id(1).to(tl.int64) * T * X + rows
+        row_lse = tl.load(lse + row, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + row, mask=inside, other=0.0)
+        k += b64 * k_b + h64 * k_h
+        v += b64 * k_b + h64 * k_h
+        bit = t - tile * BM // X
+        listed = b * list_b + tile
+        lists += listed.to(tl.int64) * N
+        words += listed.to(tl.int64) * N
+        total = tl.load(counts + listed * 2 + 1) * Y
+        full = tl.load(counts + listed * 2) * Y // BN
+
+        acc = tl.zeros([BM, D], tl.float32)
+        for part in tl.static_range(2):  # as in `_forward`
+            for i in range(0 if part == 0 else full, full if part == 0 else tl.cdiv(total, BN)):
+                j = i * BN + tl.arange(0, BN)
+                live = j < total
+                n = tl.load(lists + j // Y, mask=live, other=0)
+                at = ((n.to(tl.int64) if WIDE else n) * k_n + j % Y * k_y)[:, None] + d[None, :]
+                key = tl.load(k + at, mask=live[:, None], other=0.0)
+                value = tl.load(v + at, mask=live[:, None], other=0.0)
+                s = tl.dot(query, tl.trans(key), input_precision="ieee")
+                p = tl.exp2(s * scale - row_lse[:, None])
+                ds = p * (tl.dot(g, tl.trans(value), input_precision="ieee") - row_delta[:, None])
+                if part == 1:
+                    word = tl.load(words + j // Y, mask=live, other=0)
+                    ds = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, ds, 0.0)
+                acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
+        acc *= scale * 0.6931471805599453
+        tl.store(grad_q + row[:, None] * D + d[None, :], acc.to(grad_q.dtype.element_ty), mask=inside[:, None])
+
+    @triton.jit
+    def _backward_keys(
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        lists,
+        words,
+        counts,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        g_b,
+        g_h,
+        g_t,
+        g_x,
+        list_b,
+        H,
+        T,
+        N,
+        Y,
+        scale,
+        X: tl.constexpr,
+        D: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradients of one tile of BM keys and values, along the list of the frames that see them, BN queries at a time.
+
+        See `_backward_queries`; grad_k and grad_v are contiguous.
+        """
+        tile = tl.program_id(0)
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        b64, h64 = b.to(tl.int64), h.to(tl.int64)
+        rows = tile * BM + tl.arange(0, BM)
+        inside = rows < N * Y
+        n, y = tl.minimum(rows // Y, N - 1), rows % Y
+        d = tl.arange(0, D)
+        at = b64 * k_b + h64 * k_h + (n.to(tl.int64) * k_n + y * k_y)[:, None] + d[None, :]
+        key = tl.load(k + at, mask=inside[:, None], other=0.0)
+        value = tl.load(v + at, mask=inside[:, None], other=0.0)
+        q += b64 * q_b + h64 * q_h
+        grad += b64 * g_b + h64 * g_h
+        lse += tl.program_id(1).to(tl.int64) * T * X
+        delta += tl.program_id(1).to(tl.int64) * T * X
+        bit = n - tile * BM // Y
+        listed = b * list_b + tile
+        lists += listed.to(tl.int64) * T
+        words += listed.to(tl.int64) * T
+        total = tl.load(counts + listed * 2 + 1) * X
+        full = tl.load(counts + listed * 2) * X // BN
+
+        acc_k = tl.zeros([BM, D], tl.float32)
+        acc_v = tl.zeros([BM, D], tl.float32)
+        for part in tl.static_range(2):  # as in `_forward`
+            for i in range(0 if part == 0 else full, full if part == 0 else tl.cdiv(total, BN)):
+                j = i * BN + tl.arange(0, BN)
+                live = j < total
+                t = tl.load(lists + j // X, mask=live, other=0)
+                t_wide = t.to(tl.int64) if WIDE else t
+                x = j % X
+                at = (t_wide * q_t + x * q_x)[:, None] + d[None, :]
+                query = tl.load(q + at, mask=live[:, None], other=0.0)
+                at = (t_wide * g_t + x * g_x)[:, None] + d[None, :]
+                g = tl.load(grad + at, mask=live[:, None], other=0.0)
+                row_lse = tl.load(lse + t * X + x, mask=live, other=float("inf"))
+                row_delta = tl.load(delta + t * X + x, mask=live, other=0.0)
+                s = tl.dot(key, tl.trans(query), input_precision="ieee")
+                p = tl.exp2(s * scale - row_lse[None, :])
+                ds = p * (tl.dot(value, tl.trans(g), input_precision="ieee") - row_delta[None, :])
+                if part == 1:
+                    word = tl.load(words + j // X, mask=live, other=0)
+                    seen = ((word[None, :] >> bit[:, None]) & 1) != 0
+                    p = tl.where(seen, p, 0.0)
+                    ds = tl.where(seen, ds, 0.0)
+                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision="ieee")
+                acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision="ieee")
+        acc_k *= scale * 0.6931471805599453
+        place = (tl.program_id(1).to(tl.int64) * N * Y + rows)[:, None] * D + d[None, :]
+        tl.store(grad_k + place, acc_k.to(grad_k.dtype.element_ty), mask=inside[:, None])
+        tl.store(grad_v + place, acc_v.to(grad_v.dtype.element_ty), mask=inside[:, None])
+
 
 def list_frames(visible: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """What each tile of `tile` query rows has to look at, `rows` rows to a query frame.
@@ -442,6 +622,73 @@ def tiles_per_frame(keys: int, tile: int) -> int:
     return triton.cdiv(keys, tile) if tile > 1 else triton.cdiv(keys, 4) * 4
 
 
+def frame_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, grad: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous. grad: of the output; lse: from the forward pass.
+
+    delta: (B, H, T, X) float32, the output times its gradient, summed over each row, less the gradient of lse. The keys'
+    gradients are gathered along transposed lists, without atomics, so that they are the same in every run.
+    """
+    (b, h, t, x, d), (n, y) = q.shape, k.shape[2:4]
+    k, v = alike(k, v)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    exponent = (lse * LOG2E).masked_fill(lse == -torch.inf, torch.inf)
+    grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k, v)]
+    for kernel, table, mine, other, results in (
+        (_backward_queries, visible, (t, x), (n, y), grads[:1]),
+        (_backward_keys, visible.transposed, (n, y), (t, x), grads[1:]),
+    ):
+        sizes = tile_sizes(*mine, other[1], d, q.dtype)
+        sizes |= {"BM": min(64, sizes["BM"]), "BN": min(64, sizes["BN"]), "num_stages": 2}
+        lists, words, counts = table.lists(mine[1], sizes["BM"])
+        kernel[(lists.shape[1], b * h)](
+            q,
+            k,
+            v,
+            grad,
+            exponent,
+            delta,
+            *results,
+            lists,
+            words,
+            counts,
+            *q.stride()[:4],
+            *k.stride()[:4],
+            *grad.stride()[:4],
+            lists.shape[1] if lists.shape[0] > 1 else 0,
+            h,
+            t,
+            n,
+            mine[1],
+            d**-0.5 * LOG2E,
+            other[1],
+            D=d,
+            WIDE=wide(k) or wide(q) or wide(grad),
+            **sizes,
+        )
+    return tuple(grads)
+
+
+class FrameAttention(torch.autograd.Function):
+    """`frame_attention` by the kernels, differentiable."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
+        """See `frame_attention`."""
+        out, lse = frame_attention_triton(q, k, v, visible)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.visible = visible
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, out, lse = ctx.saved_tensors
+        delta = (out.float() * grad.float()).sum(-1) - grad_lse
+        return *frame_attention_backward(q, k, v, ctx.visible, grad, lse, delta), None
+
+
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
     """Softmax attention of all rows of a query frame to all rows of the key frames that it sees.
 
@@ -449,4 +696,4 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[
     the output (B, H, T, X, D) in q's type and the logarithm of the sum of exponentials (B, H, T, X), float32 or finer. A
     frame that sees nothing gets zeros, and -inf. Raises ValueError on shapes that do not fit.
     """
-    return (frame_attention_triton if on_kernels(q) else frame_attention_reference)(q, k, v, visible)
+    return (FrameAttention.apply if on_kernels(q) else frame_attention_reference)(q, k, v, visible)

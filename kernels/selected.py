@@ -247,9 +247,9 @@ def step_sizes(group: int, programs: int, dtype: torch.dtype, device: torch.devi
     """Blocks per step, warps (one to a query block, more of them for float32) and pipeline stages; from an H200."""
     if dtype == torch.float32:
         return {"STEP": 2, "num_warps": 2 * group, "num_stages": 2}
-    if programs <= 2 * multiprocessors(device):  # what counts is how long one program takes
-        return {"STEP": 8, "num_warps": group, "num_stages": 2}
     step, stages = {1: (2, 3), 2: (4, 2)}.get(group, (8, 2))
+    if group == 1 and programs <= 2 * multiprocessors(device):  # what counts is how long one program takes
+        step = 4
     return {"STEP": step, "num_warps": group, "num_stages": stages}
 
 

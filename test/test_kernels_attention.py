@@ -108,6 +108,30 @@ def test_frames_kernel_is_its_definition(b, t, x, n, y, d, splits, dtype):
     assert (lse - expected)[finite].abs().max() < 10 * TOLERANCE[dtype] if finite.any() else True
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    "b, t, x, n, y, d, dtype",
+    [
+        (1, 3, 5, 4, 7, 16, torch.float32),
+        (2, 2, 3, 5, 9, 32, torch.float32),
+        (1, 2, 40, 3, 33, 16, torch.float32),
+        (2, 3, 13, 4, 21, 32, torch.float16),
+    ],
+)
+def test_frames_gradient_is_the_references(b, t, x, n, y, d, dtype):
+    *tokens, visible = frames_case(b, t, x, n, y, d, dtype)
+    weight, weight_lse = torch.randn(b, 2, t, x, d, device=DEVICE), torch.randn(b, 2, t, x, device=DEVICE)
+    grads = []
+    clean = [z.nan_to_num(0, 0, 0).double() for z in tokens]
+    for run, drawn in ((frames_module.FrameAttention.apply, tokens), (frame_attention_reference, clean)):
+        inputs = [z.detach().requires_grad_() for z in drawn]
+        out, lse = run(*inputs, visible)
+        loss = (out.double() * weight).sum() + (lse.double().masked_fill(lse == -torch.inf, 0) * weight_lse).sum()
+        grads.append(torch.autograd.grad(loss, inputs))
+    for out, expected in zip(*grads):
+        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
+
+
 # -------------------------------------------------------------------------------------------------------------- coarse
 
 
