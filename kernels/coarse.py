@@ -17,6 +17,7 @@ from torch import Tensor
 
 from speed3r_ros.kernels.frames import (
     Visible,
+    frame_attention_backward,
     frame_attention_reference,
     frame_attention_triton,
     on_kernels,
@@ -224,7 +225,22 @@ def coarse_attention_triton(
     tile: int | None = None,
     sizes: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels; arguments and results of `coarse_attention`.
+    """The kernels; arguments and results of `coarse_attention`. tile, sizes: see `attend_and_choose`."""
+    return attend_and_choose(q, k, v, coarse, fine, top_k, group, tile, sizes)[:2]
+
+
+def attend_and_choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coarse: Visible,
+    fine: Visible,
+    top_k: int,
+    group: int,
+    tile: int | None = None,
+    sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of `coarse_attention`, and the logarithm of the sum of exponentials (B, H, T, G).
 
     tile: key blocks per stored maximum, a power of two, see `tile_size`; sizes: see `frames.tile_sizes`.
     """
@@ -233,8 +249,9 @@ def coarse_attention_triton(
     q, k, v = q.unflatten(2, (frames, -1)), k.unflatten(2, (-1, blocks)), v.unflatten(2, (-1, blocks))
     compressed = torch.empty_like(q, memory_format=torch.contiguous_format)
     chooser = group_queries(q, group)
+    parts = []
     if group > 1:
-        frame_attention_triton(q, k, v, coarse, out=compressed, sizes=sizes)
+        parts = [frame_attention_triton(q, k, v, coarse, out=compressed, sizes=sizes)[1]]
     tile = tile or tile_size(resident, blocks)
     rows, keep = chooser.shape[3], min(top_k, resident * blocks)
     width = resident * tiles_per_frame(blocks, tile)
@@ -244,7 +261,7 @@ def coarse_attention_triton(
         heads = slice(first, first + turn)
         qs, ks, chosen = chooser[:, heads], k[:, heads], index[:, heads]
         maxima = torch.empty(b, qs.shape[1], frames * rows, width, dtype=torch.float32, device=q.device)
-        frame_attention_triton(
+        _, lse = frame_attention_triton(
             qs,
             ks,
             v[:, heads],
@@ -254,8 +271,10 @@ def coarse_attention_triton(
             values=group == 1,
             sizes=sizes,
         )
+        if group == 1:
+            parts.append(lse)
         select(maxima, qs, ks, coarse.table, fine.table, chosen, tile)
-    return compressed.flatten(2, 3), index
+    return compressed.flatten(2, 3), index, torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def select(maxima: Tensor, q: Tensor, k: Tensor, coarse: Tensor, fine: Tensor, index: Tensor, tile: int) -> None:
@@ -295,6 +314,31 @@ def select(maxima: Tensor, q: Tensor, k: Tensor, coarse: Tensor, fine: Tensor, i
     )
 
 
+class CoarseAttention(torch.autograd.Function):
+    """`coarse_attention` by the kernels, differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int, group: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `coarse_attention`."""
+        compressed, index, lse = attend_and_choose(q, k, v, coarse, fine, top_k, group)
+        ctx.save_for_backward(q, k, v, compressed, lse)
+        ctx.coarse = coarse
+        ctx.mark_non_differentiable(index)
+        return compressed, index
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, compressed, lse = ctx.saved_tensors
+        frames, blocks = lse.shape[2:]
+        delta = (compressed.float() * grad.float()).sum(-1).unflatten(2, (frames, blocks))
+        q, k, v, grad = (x.unflatten(2, (-1, blocks)) for x in (q, k, v, grad))
+        grads = frame_attention_backward(q, k, v, ctx.coarse, grad, lse, delta)
+        return *(x.flatten(2, 3) for x in grads), *[None] * 4
+
+
 def coarse_attention(
     q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int, group: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -308,5 +352,5 @@ def coarse_attention(
     K = min(top_k, N * G): block numbers (frame * G + block) in rising order, then -1 where fewer are visible. Of equal
     scores the lower number wins. The choice has no gradient. Raises ValueError on shapes that do not fit.
     """
-    run = coarse_attention_triton if on_kernels(q) else coarse_attention_reference
+    run = CoarseAttention.apply if on_kernels(q) else coarse_attention_reference
     return run(q, k, v, coarse, fine, top_k, group)

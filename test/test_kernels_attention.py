@@ -207,6 +207,22 @@ def test_coarse_kernel_is_its_definition(b, t, n, m, g, d, top_k, group, dtype, 
 
 
 @needs_kernels
+@pytest.mark.parametrize("group, dtype", [(1, torch.float32), (2, torch.float16)])
+def test_coarse_gradient_is_the_references(group, dtype):
+    *tokens, coarse, fine = coarse_case(2, 2, 3, 5, 5, 16, dtype)
+    weight = torch.randn(tokens[0].shape, device=DEVICE)
+    clean = [z.nan_to_num(0, 0, 0).double() for z in tokens]
+    grads = []
+    for run, drawn in ((coarse_module.CoarseAttention.apply, tokens), (coarse_attention_reference, clean)):
+        inputs = [z.detach().requires_grad_() for z in drawn]
+        out, index = run(*inputs, coarse, fine, 2, group)
+        assert not index.requires_grad
+        grads.append(torch.autograd.grad((out.double() * weight).sum(), inputs))
+    for out, expected in zip(*grads):
+        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
+
+
+@needs_kernels
 @pytest.mark.parametrize("top_k, tile, frames", [(3, 1, 3), (11, 1, 3), (3, 2, 3), (11, 2, 3), (2, 2, 5)])
 def test_of_equal_scores_the_lower_number_wins(top_k, tile, frames):
     q, k, v, coarse, fine = coarse_case(1, 1, frames, frames, 6, 16)
