@@ -22,6 +22,7 @@ from speed3r_ros.kernels.frames import (
     LOG2E,
     Visible,
     alike,
+    frame_attention_backward,
     frame_attention_triton,
     multiprocessors,
     on_kernels,
@@ -144,6 +145,8 @@ if triton is not None:
         out,
         partial,
         partial_lse,
+        attended,
+        lse,
         compressed,
         gate,
         q_b,
@@ -173,6 +176,8 @@ if triton is not None:
         g_t,
         g_x,
         g_c,
+        s_b,
+        s_h,
         H,
         T,
         N,
@@ -184,11 +189,13 @@ if triton is not None:
         GROUP: tl.constexpr,
         STEP: tl.constexpr,
         PASSED_ON: tl.constexpr,
+        SAVED: tl.constexpr,
         WIDE: tl.constexpr,
     ):
         """The queries of GROUP neighbouring blocks against special tokens and chosen blocks, 16 * STEP tokens at a time.
 
-        v has the strides of k. PASSED_ON: `partial` and `partial_lse` hold the attention to the S special tokens.
+        v has the strides of k. PASSED_ON: `partial` and `partial_lse` hold the attention to the S special tokens. SAVED:
+        keep the attention before the gate and the logarithm of its sum of exponentials, for the backward pass.
         """
         GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
         t, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
@@ -232,6 +239,11 @@ if triton is not None:
             value = tl.load(v + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
             m, l, acc = _attend(query, key, value, live, m, l, acc, scale)
         acc = acc / tl.where(l == 0, 1.0, l)[:, None]
+        if SAVED:
+            state = b * s_b + h * s_h + t64 * (G * 16) + x
+            at = attended + state[:, None] * D
+            tl.store(at + d[None, :], acc.to(attended.dtype.element_ty), mask=inside[:, None])
+            tl.store(lse + state, (m + tl.log2(l)) * 0.6931471805599453, mask=inside)
 
         at = compressed + b * c_b + h * c_h + t64 * c_t
         coarse = tl.load(at + (x // 16)[:, None] * c_x + d[None, :], mask=inside[:, None], other=0.0)
@@ -241,6 +253,144 @@ if triton is not None:
         acc = gate_c[:, None] * coarse.to(tl.float32) + gate_s[:, None] * acc
         at = out + b * o_b + h * o_h + t64 * o_t
         tl.store(at + x[:, None] * o_x + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None])
+
+    @triton.jit
+    def _selected_backward_queries(
+        q,
+        k,
+        v,
+        index,
+        grad,
+        lse,
+        delta,
+        grad_q,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        H,
+        T,
+        N,
+        K,
+        scale,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        GROUP: tl.constexpr,
+        STEP: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradient of the queries of GROUP neighbouring blocks from their chosen blocks.
+
+        v has the strides of k; the rest is contiguous. lse is in powers of two, +inf where a row sees nothing; delta is
+        what every row's gradient of scores loses.
+        """
+        GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
+        t, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+        b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        x = group * GROUP * 16 + tl.arange(0, GROUP * 16)
+        inside = x < G * 16
+        d = tl.arange(0, D)
+        at = q + b * q_b + h * q_h + t * q_t + x[:, None] * q_x
+        query = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
+        state = (tl.program_id(1).to(tl.int64) * T + t) * (G * 16) + x
+        g = tl.load(grad + state[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        row_lse = tl.load(lse + state, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + state, mask=inside, other=0.0)
+        index += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K
+        k += b * k_b + h * k_h
+        v += b * k_b + h * k_h
+        j = tl.arange(0, STEP * 16)
+        acc = tl.zeros([GROUP * 16, D], tl.float32)
+        for start in range(0, K, STEP):
+            place = start + j // 16
+            block = tl.load(index + place, mask=place < K, other=-1)
+            live = block >= 0
+            n = block // G
+            row = (n.to(tl.int64) if WIDE else n) * k_n + (block % G * 16 + j % 16) * k_y
+            key = tl.load(k + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            value = tl.load(v + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            p = tl.exp2(tl.dot(query, tl.trans(key), input_precision="ieee") * scale - row_lse[:, None])
+            ds = p * (tl.dot(g, tl.trans(value), input_precision="ieee") - row_delta[:, None])
+            acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")  # keys that are not live are zeros
+        acc *= scale * 0.6931471805599453
+        tl.store(grad_q + state[:, None] * D + d[None, :], acc, mask=inside[:, None])
+
+    @triton.jit
+    def _selected_backward_keys(
+        q,
+        k,
+        v,
+        order,
+        starts,
+        grad,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        H,
+        T,
+        N,
+        K,
+        scale,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        GROUP: tl.constexpr,
+        STEP: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradients of the keys and values of one block, along the list of the entries of the index that chose it.
+
+        See `_selected_backward_queries`. order: entries sorted by block; starts: where each block's begin.
+        """
+        GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
+        ROWS: tl.constexpr = GROUP * 16
+        block = tl.program_id(0)
+        b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        y = tl.arange(0, 16)
+        d = tl.arange(0, D)
+        row = b * k_b + h * k_h + (block // G).to(tl.int64) * k_n + (block % G * 16 + y) * k_y
+        order += tl.program_id(1).to(tl.int64) * (T * GROUPS * K)
+        starts += tl.program_id(1).to(tl.int64) * (N * G + 1) + block
+        begin, end = tl.load(starts), tl.load(starts + 1)
+        chosen = (y < 16 * (end - begin))[:, None]  # all or none: what nobody chose may hold anything, also NaN
+        key = tl.load(k + row[:, None] + d[None, :], mask=chosen, other=0.0)
+        value = tl.load(v + row[:, None] + d[None, :], mask=chosen, other=0.0)
+        q += b * q_b + h * q_h
+        state = tl.program_id(1).to(tl.int64) * T * (G * 16)
+        j = tl.arange(0, STEP * ROWS)
+        acc_k = tl.zeros([16, D], tl.float32)
+        acc_v = tl.zeros([16, D], tl.float32)
+        for start in range(begin, end, STEP):
+            place = start + j // ROWS
+            entry = tl.load(order + place, mask=place < end, other=0).to(tl.int32)
+            t, x = entry // K // GROUPS, entry // K % GROUPS * ROWS + j % ROWS
+            live = (place < end) & (x < G * 16)
+            at = (t.to(tl.int64) if WIDE else t) * q_t + x * q_x
+            query = tl.load(q + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            at = state + t * (G * 16) + x
+            g = tl.load(grad + at[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
+            row_lse = tl.load(lse + at, mask=live, other=float("inf"))
+            row_delta = tl.load(delta + at, mask=live, other=0.0)
+            p = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * scale - row_lse[None, :])
+            ds = p * (tl.dot(value, tl.trans(g), input_precision="ieee") - row_delta[None, :])
+            acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision="ieee")
+            acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision="ieee")
+        acc_k *= scale * 0.6931471805599453
+        place = (tl.program_id(1).to(tl.int64) * (N * G) + block) * 16 + y
+        tl.store(grad_k + place[:, None] * D + d[None, :], acc_k)
+        tl.store(grad_v + place[:, None] * D + d[None, :], acc_v)
 
 
 def step_sizes(group: int, programs: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
@@ -253,7 +403,12 @@ def step_sizes(group: int, programs: int, dtype: torch.dtype, device: torch.devi
     return {"STEP": step, "num_warps": group, "num_stages": stages}
 
 
-def selected_attention_triton(
+def selected_attention_triton(*args, **kwargs) -> Tensor:
+    """The kernels; arguments and results of `selected_attention`, and those of `attend_to_selected`."""
+    return attend_to_selected(*args, **kwargs)[0]
+
+
+def attend_to_selected(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -265,11 +420,13 @@ def selected_attention_triton(
     group: int = 1,
     sizes: dict[str, int] | None = None,
     passed_on: bool | None = None,
-) -> Tensor:
-    """The kernels; arguments and results of `selected_attention`. group: a power of two.
+    save: bool = False,
+) -> tuple[Tensor, ...]:
+    """The output of `selected_attention`, and with `save` what the backward pass needs.
 
-    sizes: see `step_sizes`. passed_on: whether patches attend to special tokens in a launch of its own, by default if
-    that is more than to their chosen blocks.
+    That is the patches' attention before the gate (B, H, T, 16 G, D), and the logarithms of the sums of exponentials of
+    patches (B, H, T, 16 G) and special queries (B, H, T, S). group: a power of two. sizes: see `step_sizes`. passed_on:
+    whether patches attend to special tokens in a launch of its own, by default if that is more than to their chosen blocks.
     """
     frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group)
     b, h, _, d = q.shape
@@ -278,13 +435,18 @@ def selected_attention_triton(
     compressed = compressed.unflatten(2, (frames, blocks))
     out = torch.empty(b, frames, length, h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
     beside = Beside(q.device, frames == 1)  # one frame's queries leave most of the device idle
+    special_lse = torch.empty(b, h, frames, 0, device=q.device)
     if specials:
         with beside:
-            frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=out[:, :, :, :specials])
+            special_lse = frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=out[:, :, :, :specials])[1]
     q, gate, patches = q[:, :, :, specials:], gate[:, :, :, specials:], out[:, :, :, specials:]
     if passed_on is None:
         passed_on = resident * specials > index.shape[-1] * BLOCK
     passed_on = passed_on and specials > 0
+    attended, attended_lse = out, special_lse  # not written unless saved
+    if save:
+        attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        attended_lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
     turn = max(1, WORKSPACE // (4 * b * frames * blocks * BLOCK * d)) if passed_on else h
     for first in range(0, h, turn):
         heads = slice(first, first + turn)
@@ -303,6 +465,8 @@ def selected_attention_triton(
             os,
             partial,
             lse,
+            attended[:, heads],
+            attended_lse[:, heads],
             cs,
             gs,
             *qs.stride()[:4],
@@ -312,6 +476,7 @@ def selected_attention_triton(
             *os.stride()[:4],
             *cs.stride()[:4],
             *gs.stride(),
+            *attended_lse.stride()[:2],
             qs.shape[1],
             frames,
             resident,
@@ -322,11 +487,106 @@ def selected_attention_triton(
             D=d,
             GROUP=group,
             PASSED_ON=passed_on,
+            SAVED=save,
             WIDE=wide(ks),
             **(sizes or step_sizes(group, grid[0] * grid[1], q.dtype, q.device)),
         )
     beside.join()
-    return out.flatten(2, 3)
+    return out.flatten(2, 3), attended, attended_lse, special_lse
+
+
+def chosen_backward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of patch tokens from the attention to chosen blocks, float32 and contiguous.
+
+    q: (B, H, T, 16 G, D); k, v: (B, H, N, 16 G, D); grad like q; lse, delta: (B, H, T, 16 G). The keys' gradients follow
+    the inverted index, made by a stable sort: no atomics, the same in every run.
+    """
+    (b, h, t, patches, d), n, keep = q.shape, k.shape[2], index.shape[-1]
+    k, v = alike(k, v)
+    blocks = patches // BLOCK
+    index, grad, delta = index.contiguous(), grad.contiguous(), delta.contiguous()
+    exponent = (lse * LOG2E).masked_fill(lse == -torch.inf, torch.inf)
+    place = index.flatten(2).masked_fill(index.flatten(2) < 0, n * blocks)
+    place, order = place.sort(dim=-1, stable=True)
+    first = torch.arange(n * blocks + 1, dtype=torch.int32, device=q.device).expand(b, h, -1).contiguous()
+    starts = torch.searchsorted(place, first, out_int32=True)
+    grads = [torch.empty(z.shape, dtype=torch.float32, device=z.device) for z in (q, k, v)]
+    shared = *q.stride()[:4], *k.stride()[:4], h, t, n, keep, d**-0.5 * LOG2E
+    constants = {"G": blocks, "D": d, "GROUP": group, "WIDE": wide(k) or wide(q)}
+    low = q.dtype != torch.float32
+    steps = {"STEP": 4 if low else 2, "num_warps": group if low else 2 * group, "num_stages": 2}
+    _selected_backward_queries[(index.shape[2], b * h)](
+        q, k, v, index, grad, exponent, delta, grads[0], *shared, **constants, **steps
+    )
+    steps = {"STEP": max(1, 4 // group), "num_warps": 1 if low else 2, "num_stages": 2}
+    _selected_backward_keys[(n * blocks, b * h)](
+        q, k, v, order, starts, grad, exponent, delta, *grads[1:], *shared, **constants, **steps
+    )
+    return tuple(grads)
+
+
+class SelectedAttention(torch.autograd.Function):
+    """`selected_attention` by the kernels, differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        compressed: Tensor,
+        gate: Tensor,
+        fine: Visible,
+        specials: int,
+        group: int,
+    ) -> Tensor:
+        """See `selected_attention`."""
+        save = any(ctx.needs_input_grad)
+        out, *saved = attend_to_selected(q, k, v, index, compressed, gate, fine, specials, group, save=save)
+        if save:
+            ctx.save_for_backward(q, k, v, index, compressed, gate, out, *saved)
+            ctx.fine, ctx.specials, ctx.group = fine, specials, group
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, compressed and gate."""
+        q, k, v, index, compressed, gate, out, attended, lse, special_lse = ctx.saved_tensors
+        specials, (frames, resident) = ctx.specials, ctx.fine.table.shape[1:]
+        q, gate, out, grad = (x.unflatten(2, (frames, -1)) for x in (q, gate, out, grad))
+        k, v = (x.unflatten(2, (resident, -1)) for x in (k, v))
+        coarse = compressed.unflatten(2, (frames, -1))
+
+        gates, of_patches = gate[:, :, :, specials:].float(), grad[:, :, :, specials:].float()
+        grad_gate = torch.zeros_like(gate)
+        grad_gate[:, :, :, specials:, 0] = (of_patches * coarse.float().repeat_interleave(BLOCK, 3)).sum(-1)
+        grad_gate[:, :, :, specials:, 1] = (of_patches * attended.float()).sum(-1)
+        grad_coarse = (gates[..., :1] * of_patches).unflatten(3, (-1, BLOCK)).sum(4).to(coarse.dtype)
+        of_attended = (gates[..., 1:] * of_patches).to(q.dtype)
+        delta = (of_attended.float() * attended.float()).sum(-1)
+
+        grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
+        patches = [x[:, :, :, specials:] for x in (q, k, v)]
+        parts = chosen_backward(*patches, index, of_attended, lse, delta, ctx.group)
+        for total, part in zip(grads, parts):
+            total[:, :, :, specials:] += part
+        if specials:
+            k_special, v_special = (x[:, :, :, :specials] for x in (k, v))
+            parts = frame_attention_backward(patches[0], k_special, v_special, ctx.fine, of_attended, lse, delta)
+            grads[0][:, :, :, specials:] += parts[0]
+            grads[1][:, :, :, :specials] += parts[1]
+            grads[2][:, :, :, :specials] += parts[2]
+            q_special, out, grad = (x[:, :, :, :specials] for x in (q, out, grad))
+            delta = (out.float() * grad.float()).sum(-1)
+            parts = frame_attention_backward(q_special, k, v, ctx.fine, grad, special_lse, delta)
+            grads[0][:, :, :, :specials] += parts[0]
+            grads[1] += parts[1]
+            grads[2] += parts[2]
+        results = [total.to(x.dtype).flatten(2, 3) for total, x in zip(grads, (q, k, v))]
+        return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), None, None, None
 
 
 def selected_attention(
@@ -349,5 +609,5 @@ def selected_attention(
     gate[..., 0] * compressed + gate[..., 1] * attended. Special queries attend to all tokens of those frames, ungated.
     Returns (B, H, T * L, D), stored so that `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
     """
-    run = selected_attention_triton if on_kernels(q) else selected_attention_reference
+    run = SelectedAttention.apply if on_kernels(q) else selected_attention_reference
     return run(q, k, v, index, compressed, gate, fine, specials, group)

@@ -312,6 +312,22 @@ def test_selected_kernel_is_its_definition(b, t, n, g, s, d, top_k, group, dtype
     assert out.transpose(1, 2).is_contiguous()
 
 
+@needs_kernels
+@pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
+def test_selected_gradient_is_the_references(b, t, n, g, s, d, top_k, group, dtype):
+    q, k, v, index, compressed, gate, *rest = selected_case(b, t, n, g, s, d, top_k, group, dtype)
+    tokens = [q, k, v, compressed, gate]
+    weight = torch.randn(q.shape, device=DEVICE)
+    clean = [z.nan_to_num(0, 0, 0).double() for z in tokens]
+    grads = []
+    for run, drawn in ((selected_module.SelectedAttention.apply, tokens), (selected_attention_reference, clean)):
+        inputs = [z.detach().requires_grad_() for z in drawn]
+        out = run(*inputs[:3], index, *inputs[3:], *rest)
+        grads.append(torch.autograd.grad((out.double() * weight).sum(), inputs))
+    for out, expected in zip(*grads):
+        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
+
+
 # --------------------------------------------------------------------------------------------------------------- whole
 
 
