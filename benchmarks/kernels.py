@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speed3r_ros.kernels.coarse import coarse_attention_triton
-from speed3r_ros.kernels.frames import Visible, frame_attention_triton, list_frames
+from speed3r_ros.kernels.coarse import CoarseAttention, coarse_attention_triton
+from speed3r_ros.kernels.frames import FrameAttention, Visible, frame_attention_triton, list_frames
 from speed3r_ros.kernels.qkv import prepare_tokens_triton
-from speed3r_ros.kernels.selected import selected_attention_triton
+from speed3r_ros.kernels.selected import SelectedAttention, selected_attention_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -270,6 +270,33 @@ def step(model: Model) -> None:
     guarded("lists of visible frames, once a step", 0, d, 0, lists, graph=True)
 
 
+def backward(model: Model, views: int) -> None:
+    """Gradients when all frames see all frames; 2.5 times the operations of the forward pass."""
+    header(f"{model.name}, {views} views at once, backward")
+    h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
+    with torch.inference_mode(False), torch.enable_grad():
+        x = Tokens(model, views, views, views)
+
+        def timed(name: str, pairs: float, run: Callable[..., object], inputs: list[Tensor], base: float = 0) -> float:
+            inputs = [y.detach().requires_grad_() for y in inputs]
+            out = run(*inputs)
+            out = out[0] if isinstance(out, tuple) else out
+            grad = torch.randn_like(out)
+            step = lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)  # noqa: E731
+            return guarded(name, 2.5 * pairs, d, 2 * size(out, *inputs), step, base)
+
+        tokens, pairs = [x.q, x.k, x.v], h * (views * length) ** 2
+        base = timed("dense, flash", pairs, flash, tokens)
+        frames = [y.unflatten(2, (views, length)) for y in tokens]
+        timed("dense, frames kernel", pairs, lambda *y: FrameAttention.apply(*y, x.fine), frames, base)
+        run = lambda *y: CoarseAttention.apply(*y, x.coarse, x.fine, model.top_k, 1)  # noqa: E731
+        timed("coarse", h * (views * g) ** 2, run, x.pooled, base)
+        index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)[1]
+        pairs = h * views * (16 * g * (16 * index.shape[-1] + s * views) + s * views * length)
+        run = lambda q, k, v, c, w: SelectedAttention.apply(q, k, v, index, c, w, x.fine, s, 1)  # noqa: E731
+        timed("selected attention", pairs, run, [*tokens, x.compressed, x.gate], base)
+
+
 def tune(model: Model, views: int) -> None:
     """Times of tile sizes."""
     h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
@@ -321,6 +348,9 @@ def main() -> None:
         step(COMPACT)
         parallel(COMPACT, 48, 48)
         prepare(COMPACT, 48, graph=False)
+        for views in (12, 48):
+            backward(COMPACT, views)
+    backward(PI3 if CUDA else TINY, 32 if CUDA else 2)
     for views in args.views if CUDA else [2]:
         parallel(PI3 if CUDA else TINY, views, args.dense_up_to)
         prepare(PI3 if CUDA else TINY, views, graph=False)

@@ -362,9 +362,9 @@ if triton is not None:
                 j = i * BN + tl.arange(0, BN)
                 live = j < total
                 n = tl.load(lists + j // Y, mask=live, other=0)
-                at = ((n.to(tl.int64) if WIDE else n) * k_n + j % Y * k_y)[:, None] + d[None, :]
-                key = tl.load(k + at, mask=live[:, None], other=0.0)
-                value = tl.load(v + at, mask=live[:, None], other=0.0)
+                place = ((n.to(tl.int64) if WIDE else n) * k_n + j % Y * k_y)[:, None] + d[None, :]
+                key = tl.load(k + place, mask=live[:, None], other=0.0)
+                value = tl.load(v + place, mask=live[:, None], other=0.0)
                 s = tl.dot(query, tl.trans(key), input_precision="ieee")
                 p = tl.exp2(s * scale - row_lse[:, None])
                 ds = p * (tl.dot(g, tl.trans(value), input_precision="ieee") - row_delta[:, None])
@@ -446,10 +446,10 @@ if triton is not None:
                 t = tl.load(lists + j // X, mask=live, other=0)
                 t_wide = t.to(tl.int64) if WIDE else t
                 x = j % X
-                at = (t_wide * q_t + x * q_x)[:, None] + d[None, :]
-                query = tl.load(q + at, mask=live[:, None], other=0.0)
-                at = (t_wide * g_t + x * g_x)[:, None] + d[None, :]
-                g = tl.load(grad + at, mask=live[:, None], other=0.0)
+                place = (t_wide * q_t + x * q_x)[:, None] + d[None, :]
+                query = tl.load(q + place, mask=live[:, None], other=0.0)
+                place = (t_wide * g_t + x * g_x)[:, None] + d[None, :]
+                g = tl.load(grad + place, mask=live[:, None], other=0.0)
                 row_lse = tl.load(lse + t * X + x, mask=live, other=float("inf"))
                 row_delta = tl.load(delta + t * X + x, mask=live, other=0.0)
                 s = tl.dot(key, tl.trans(query), input_precision="ieee")

@@ -520,7 +520,7 @@ def chosen_backward(
     _selected_backward_queries[(index.shape[2], b * h)](
         q, k, v, index, grad, exponent, delta, grads[0], *shared, **constants, **steps
     )
-    steps = {"STEP": max(1, 4 // group), "num_warps": 1 if low else 2, "num_stages": 2}
+    steps = {"STEP": max(1, 2 // group), "num_warps": 1 if low and group <= 2 else 2, "num_stages": 2}
     _selected_backward_keys[(n * blocks, b * h)](
         q, k, v, order, starts, grad, exponent, delta, *grads[1:], *shared, **constants, **steps
     )
