@@ -307,7 +307,7 @@ def gradients(run: Callable[..., object], inputs: list[Tensor], weight: Tensor) 
 def check_backward(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     """Gradients of all inputs, in cases small enough for the references' float64 graph."""
     t, n, g, s, h, d = case.frames, case.resident, case.blocks, case.specials, case.heads, case.width
-    if case.batch * h * t * n * case.length**2 > 3 * 10**8:
+    if case.batch * h * t * n * case.length**2 > 15 * 10**7:
         return
     fine, coarse = case.tables()
     shown, hidden = (Visible(coarse), Visible(fine)), Visible(fine)
