@@ -23,7 +23,7 @@ from check_kernels import CUDA, DEVICE, NAMES, Row, compare, poison
 from torch import Tensor
 
 from speed3r_ros.kernels import fp8
-from speed3r_ros.kernels.frames import triton
+from speed3r_ros.kernels.frames import Visible, triton
 from speed3r_ros.kernels.linear_attention import linear_attention_reference, linear_attention_triton
 from speed3r_ros.kernels.merging import (
     GROUP,
@@ -176,7 +176,7 @@ def check_linear(job: Job) -> Iterator[Row]:
 
     def run(attend: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
         inputs = [z.detach().requires_grad_() for z in inputs]
-        out = attend(*inputs, visible)
+        out = attend(*inputs, Visible(visible))
         out.backward(grad.to(out.dtype))
         return [out.detach(), *(z.grad for z in inputs)]
 

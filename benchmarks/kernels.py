@@ -3,14 +3,17 @@
     python benchmarks/kernels.py                 # tables
     python benchmarks/kernels.py --tune          # tile sizes of the main kernels instead
 
-TFLOP/s count 4 * width operations for each pair of a query and a key that the method asks for. Inputs are random bf16, so
-the choice of blocks has no locality; `near` uses a choice in which neighbours share most blocks. Medians of CUDA events;
-the streaming step is a CUDA graph. Prints Markdown.
+TFLOP/s count 4 * width operations for each pair of a query and a key that the method asks for. The floor of a row is the
+longer of these operations at the rate of a bf16 matrix product of 8192 and of its bytes (inputs read once, outputs written
+once) at the rate of a device copy, both measured at the start. Inputs are random bf16, so the choice of blocks has no
+locality; `near` uses a choice in which neighbours share most blocks. Medians of CUDA events; the streaming step is a CUDA
+graph. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
@@ -23,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speed3r_ros.kernels.coarse import coarse_attention_triton
-from speed3r_ros.kernels.frames import frame_attention_triton
+from speed3r_ros.kernels.coarse import CoarseAttention, coarse_attention_triton
+from speed3r_ros.kernels.frames import FrameAttention, Visible, frame_attention_triton, list_frames
 from speed3r_ros.kernels.qkv import prepare_tokens_triton
-from speed3r_ros.kernels.selected import selected_attention_triton
+from speed3r_ros.kernels.selected import SelectedAttention, selected_attention_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -102,8 +105,9 @@ class Tokens:
 
     def __init__(self, model: Model, frames: int, resident: int, known: int) -> None:
         h, d, g, length = model.heads, model.width, model.blocks, model.length
-        self.fine = torch.ones(1, frames, resident, dtype=torch.bool, device=DEVICE)
-        self.coarse = torch.ones(1, frames, known, dtype=torch.bool, device=DEVICE)
+        self.fine, self.coarse = (
+            Visible(torch.ones(1, frames, n, dtype=torch.bool, device=DEVICE)) for n in (resident, known)
+        )
         self.q, self.k, self.v = (rand(1, h, n * length, d) for n in (frames, resident, resident))
         self.pooled = [rand(1, h, n * g, d) for n in (frames, known, known)]
         self.gate = torch.rand(1, h, frames * length, 2, device=DEVICE).to(DTYPE)
@@ -111,7 +115,7 @@ class Tokens:
 
     def near(self, model: Model, group: int) -> Tensor:
         """A choice in which neighbouring blocks share most blocks: runs around one's own place in a few frames."""
-        t, n = self.fine.shape[1:]
+        t, n = self.fine.table.shape[1:]
         count = min(8, model.blocks)
         places = torch.arange(0, model.blocks, group, device=DEVICE)[:, None] + torch.arange(count, device=DEVICE)
         frames = torch.rand(t, n, device=DEVICE).argsort(-1)[:, : max(1, model.top_k // count)]
@@ -137,24 +141,48 @@ def line(*cells: object) -> None:
     print("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
 
 
+def size(*tensors: Tensor) -> int:
+    """Bytes."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@functools.cache
+def ceilings() -> tuple[float, float]:
+    """Operations and bytes per millisecond that the device reaches: a bf16 matrix product, a copy (read and written)."""
+    n = 8192 if CUDA else 64
+    a, b, c = rand(n, n), rand(n, n), rand(16 * n, n)
+    copy = torch.empty_like(c)
+    return 2 * n**3 / milliseconds(lambda: a @ b), 2 * size(c) / milliseconds(lambda: copy.copy_(c))
+
+
 def guarded(
-    name: str, pairs: float, width: int, run: Callable[[], object], base: float = 0.0, graph: bool = False
+    name: str,
+    pairs: float,
+    width: int,
+    moved: int,
+    run: Callable[[], object],
+    base: float = 0.0,
+    graph: bool = False,
 ) -> float:
-    """Time a call and print its row; returns TFLOP/s, or 0 if it fails."""
+    """Time a call that must move so many bytes and print its row; returns TFLOP/s, or 0 if it fails."""
     try:
         ms = (graph_milliseconds if graph else milliseconds)(run)
     except Exception:
-        line(name, "failed: " + traceback.format_exc(limit=-1).splitlines()[-1][:200], "", "")
+        line(name, "failed: " + traceback.format_exc(limit=-1).splitlines()[-1][:200], *[""] * 4)
         traceback.print_exc(limit=-3)
         return 0.0
-    rate = 4 * width * pairs / ms / 1e9
-    line(name, ms, rate if pairs else "", f"{100 * rate / base:.0f} %" if base and pairs else "")
+    operations = 4 * width * pairs
+    rate = operations / ms / 1e9
+    floor = max(operations / ceilings()[0], moved / ceilings()[1])
+    share = f"{100 * rate / base:.0f} %" if base and pairs else ""
+    line(name, ms, rate if pairs else "", share, floor, f"{100 * floor / ms:.0f} %")
     return rate
 
 
 def header(title: str) -> None:
     """Start a table."""
-    print(f"\n### {title}\n\n| work | ms | TFLOP/s | of flash |\n| --- | --- | --- | --- |")
+    print(f"\n### {title}\n\n| work | ms | TFLOP/s | of flash | floor, ms | reached |")
+    print("| --- | --- | --- | --- | --- | --- |")
 
 
 def parallel(model: Model, views: int, dense_up_to: int) -> None:
@@ -163,29 +191,31 @@ def parallel(model: Model, views: int, dense_up_to: int) -> None:
     h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
     x = Tokens(model, views, views, views)
     base = 0.0
+    q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
+    whole, pooled = size(x.q, x.q, x.k, x.v), size(x.pooled[0], *x.pooled)
     if views <= dense_up_to:
         pairs = h * (views * length) ** 2
-        base = guarded("dense, flash", pairs, d, lambda: flash(x.q, x.k, x.v))
-        guarded("dense, cuDNN", pairs, d, lambda: cudnn(x.q, x.k, x.v), base)
-        q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
-        guarded("dense, frames kernel", pairs, d, lambda: frame_attention_triton(q5, k5, v5, x.fine), base)
+        base = guarded("dense, flash", pairs, d, whole, lambda: flash(x.q, x.k, x.v))
+        guarded("dense, cuDNN", pairs, d, whole, lambda: cudnn(x.q, x.k, x.v), base)
+        guarded("dense, frames kernel", pairs, d, whole, lambda: frame_attention_triton(q5, k5, v5, x.fine), base)
     pairs = h * (views * g) ** 2
-    pooled_base = guarded("pooled tokens, flash", pairs, d, lambda: flash(*x.pooled))
+    pooled_base = guarded("pooled tokens, flash", pairs, d, pooled, lambda: flash(*x.pooled))
     base = base or pooled_base
-    q5, k5, v5 = (y.unflatten(2, (views, g)) for y in x.pooled)
-    guarded("pooled tokens, frames kernel", pairs, d, lambda: frame_attention_triton(q5, k5, v5, x.coarse), pooled_base)
+    p5 = [y.unflatten(2, (views, g)) for y in x.pooled]
+    run = lambda: frame_attention_triton(*p5, x.coarse)  # noqa: E731
+    guarded("pooled tokens, frames kernel", pairs, d, pooled, run, pooled_base)
     for group in (1, 4):
         run = lambda: coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, group)  # noqa: E731, B023
-        guarded(f"coarse + top-k, group {group}", pairs, d, run, pooled_base)
+        guarded(f"coarse + top-k, group {group}", pairs, d, pooled, run, pooled_base)
     special, patches = views * s, views * g * 16
-    q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
     run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine)  # noqa: E731
-    guarded("special queries, all keys", h * special * views * length, d, run, base)
+    guarded("special queries, all keys", h * special * views * length, d, size(x.k, x.v), run, base)
     run = lambda: frame_attention_triton(q5[:, :, :, s:], k5[:, :, :, :s], v5[:, :, :, :s], x.fine)  # noqa: E731
-    guarded("patch queries, special keys", h * patches * special, d, run, base)
+    guarded("patch queries, special keys", h * patches * special, d, size(x.q, x.q), run, base)
     dense = h * (special * views * length + patches * special)
     for group in (1, 4):
         index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, group)[1]
+        moved = whole + size(index, x.compressed, x.gate)
         for name, choice in (("random", index), ("near", x.near(model, group))):
             count = h * patches * choice.shape[-1] * 16
             args = (choice, x.compressed, x.gate, x.fine)
@@ -193,9 +223,9 @@ def parallel(model: Model, views: int, dense_up_to: int) -> None:
             bare += tuple(y.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3) for y in (x.k, x.v))
             gate = x.gate.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3)
             run = lambda: selected_attention_triton(*bare, *args[:2], gate, x.fine, 0, group)  # noqa: E731, B023
-            guarded(f"selected blocks alone, group {group}, {name}", count, d, run, base)
+            guarded(f"selected blocks alone, group {group}, {name}", count, d, moved, run, base)
             run = lambda: selected_attention_triton(x.q, x.k, x.v, *args, s, group)  # noqa: E731, B023
-            guarded(f"selected attention, group {group}, {name}", count + dense, d, run, base)
+            guarded(f"selected attention, group {group}, {name}", count + dense, d, moved, run, base)
 
 
 def prepare(model: Model, frames: int, graph: bool) -> None:
@@ -204,41 +234,67 @@ def prepare(model: Model, frames: int, graph: bool) -> None:
     weight = torch.ones(model.width, device=DEVICE)
     tables = [torch.randn(1, n, 1, model.width, device=DEVICE) for n in [model.length] * 2 + [model.blocks] * 2]
     run = lambda: prepare_tokens_triton(qkv, weight, weight, *tables, model.specials)  # noqa: E731
-    try:
-        ms = (graph_milliseconds if graph else milliseconds)(run)
-        line(
-            "pool, normalise, rotate q, k, v", ms, f"{2.06 * qkv.numel() * qkv.element_size() / ms / 1e6:.0f} GB/s", ""
-        )
-    except Exception:
-        line("pool, normalise, rotate q, k, v", "failed", "", "")
-        traceback.print_exc(limit=-3)
+    guarded("pool, normalise, rotate q, k, v", 0, model.width, 33 * size(qkv) // 16, run, graph=graph)
 
 
 def step(model: Model) -> None:
-    """One new frame against the memory."""
+    """One new frame against the memory, per layer; the lists of visible frames are made once for all layers."""
     resident = model.window + model.anchors + 1
     known = resident + model.bank
     header(f"{model.name}, one new view: {resident} resident, {model.bank} in the bank (CUDA graph)")
     h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
     x = Tokens(model, 1, resident, known)
     pairs = h * g * known * g
-    base = guarded(
-        "dense against all resident, flash", h * length**2 * resident, d, lambda: flash(x.q, x.k, x.v), graph=True
-    )
-    guarded("pooled tokens, flash", pairs, d, lambda: flash(*x.pooled), base, graph=True)
+    whole, pooled = size(x.q, x.q, x.k, x.v), size(x.pooled[0], *x.pooled)
+    run = lambda: flash(x.q, x.k, x.v)  # noqa: E731
+    base = guarded("dense against all resident, flash", h * length**2 * resident, d, whole, run, graph=True)
+    guarded("pooled tokens, flash", pairs, d, pooled, lambda: flash(*x.pooled), base, graph=True)
     run = lambda: coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)  # noqa: E731
-    guarded("coarse + top-k", pairs, d, run, base, graph=True)
+    guarded("coarse + top-k", pairs, d, pooled, run, base, graph=True)
     index = run()[1]
     q5, k5, v5 = (y.unflatten(2, (n, length)) for y, n in ((x.q, 1), (x.k, resident), (x.v, resident)))
-    dense = frame_attention_triton
-    run = lambda: dense(q5[:, :, :, :s], k5, v5, x.fine)  # noqa: E731
-    guarded("special queries, all keys", h * s * resident * length, d, run, base, graph=True)
-    run = lambda: dense(q5[:, :, :, s:], k5[:, :, :, :s], v5[:, :, :, :s], x.fine)  # noqa: E731
-    guarded("patch queries, special keys", h * g * 16 * s * resident, d, run, base, graph=True)
+    p5 = [y.unflatten(2, (-1, g)) for y in x.pooled]
+    run = lambda: frame_attention_triton(*p5, x.coarse)  # noqa: E731
+    guarded("of which the attention", pairs, d, pooled, run, base, graph=True)
+    run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine)  # noqa: E731
+    guarded("special queries, all keys", h * s * resident * length, d, size(x.k, x.v), run, base, graph=True)
     count = h * (16 * g * (16 * index.shape[-1] + s * resident) + s * resident * length)
     run = lambda: selected_attention_triton(x.q, x.k, x.v, index, x.compressed, x.gate, x.fine, s)  # noqa: E731
-    guarded("selected attention", count, d, run, base, graph=True)
+    guarded("selected attention, with special queries", count, d, whole + size(index, x.gate), run, base, graph=True)
     prepare(model, 1, graph=True)
+
+    def lists() -> None:
+        for visible, rows in ((x.coarse, g), (x.fine, s)):
+            list_frames(visible.table, rows, 64)
+
+    guarded("lists of visible frames, once a step", 0, d, 0, lists, graph=True)
+
+
+def backward(model: Model, views: int) -> None:
+    """Gradients when all frames see all frames; 2.5 times the operations of the forward pass."""
+    header(f"{model.name}, {views} views at once, backward")
+    h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
+    with torch.inference_mode(False), torch.enable_grad():
+        x = Tokens(model, views, views, views)
+
+        def timed(name: str, pairs: float, run: Callable[..., object], inputs: list[Tensor], base: float = 0) -> float:
+            inputs = [y.detach().requires_grad_() for y in inputs]
+            out = run(*inputs)
+            out = out[0] if isinstance(out, tuple) else out
+            grad = torch.randn_like(out)
+            step = lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)  # noqa: E731
+            return guarded(name, 2.5 * pairs, d, 2 * size(out, *inputs), step, base)
+
+        tokens, pairs = [x.q, x.k, x.v], h * (views * length) ** 2
+        base = timed("dense, flash", pairs, flash, tokens)
+        frames = [y.unflatten(2, (views, length)) for y in tokens]
+        timed("dense, frames kernel", pairs, lambda *y: FrameAttention.apply(*y, x.fine), frames, base)
+        run = lambda *y: CoarseAttention.apply(*y, x.coarse, x.fine, model.top_k, 1)  # noqa: E731
+        timed("coarse", h * (views * g) ** 2, run, x.pooled, base)
+        index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)[1]
+        pairs = h * views * (16 * g * (16 * index.shape[-1] + s * views) + s * views * length)
+        run = lambda q, k, v, c, w: SelectedAttention.apply(q, k, v, index, c, w, x.fine, s, 1)  # noqa: E731
+        timed("selected attention", pairs, run, [*tokens, x.compressed, x.gate], base)
 
 
 def tune(model: Model, views: int) -> None:
@@ -248,19 +304,19 @@ def tune(model: Model, views: int) -> None:
     q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
     p5 = [y.unflatten(2, (views, g)) for y in x.pooled]
     header(f"{model.name}, {views} views: tile sizes")
-    base = guarded("pooled tokens, flash", h * (views * g) ** 2, d, lambda: flash(*x.pooled))
+    base = guarded("pooled tokens, flash", h * (views * g) ** 2, d, 0, lambda: flash(*x.pooled))
     for bm, bn, warps, stages in [
         (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
         (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3),
     ]:  # fmt: skip
         sizes = {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
         run = lambda: frame_attention_triton(*p5, x.coarse, sizes=sizes)  # noqa: E731, B023
-        guarded(f"pooled {sizes}", h * (views * g) ** 2, d, run, base)
+        guarded(f"pooled {sizes}", h * (views * g) ** 2, d, 0, run, base)
         run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine, sizes=sizes)  # noqa: E731, B023
-        guarded(f"special queries {sizes}", h * views * s * views * length, d, run, base)
-    for tile in (16, 32, 64):
+        guarded(f"special queries {sizes}", h * views * s * views * length, d, 0, run, base)
+    for tile in (4, 8, 16, 32):
         run = lambda: coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, 1, tile)  # noqa: E731, B023
-        guarded(f"coarse + top-k, tile {tile}", h * (views * g) ** 2, d, run, base)
+        guarded(f"coarse + top-k, tile {tile}", h * (views * g) ** 2, d, 0, run, base)
     bare = tuple(y.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3) for y in (x.q, x.k, x.v, x.gate))
     for group in (1, 2, 4, 8):
         index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, group)[1]
@@ -271,7 +327,7 @@ def tune(model: Model, views: int) -> None:
             run = lambda: selected_attention_triton(  # noqa: E731
                 *bare[:3], index, x.compressed, bare[3], x.fine, 0, group, sizes  # noqa: B023
             )  # fmt: skip
-            guarded(f"selected, group {group} {sizes}", h * views * g * 16 * 16 * index.shape[-1], d, run, base)
+            guarded(f"selected, group {group} {sizes}", h * views * g * 16 * 16 * index.shape[-1], d, 0, run, base)
 
 
 def main() -> None:
@@ -282,6 +338,8 @@ def main() -> None:
     parser.add_argument("--dense-up-to", type=int, default=128, help="views up to which dense attention is timed")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name() if CUDA else 'interpreter'}, torch {torch.__version__}")
+    operations, moved = ceilings()
+    print(f"matrix product {operations / 1e9:.0f} TFLOP/s, copy {moved / 1e9:.2f} TB/s")
     if args.tune:
         tune(PI3 if CUDA else TINY, 128 if CUDA else 2)
         return
@@ -290,6 +348,9 @@ def main() -> None:
         step(COMPACT)
         parallel(COMPACT, 48, 48)
         prepare(COMPACT, 48, graph=False)
+        for views in (12, 48):
+            backward(COMPACT, views)
+    backward(PI3 if CUDA else TINY, 32 if CUDA else 2)
     for views in args.views if CUDA else [2]:
         parallel(PI3 if CUDA else TINY, views, args.dense_up_to)
         prepare(PI3 if CUDA else TINY, views, graph=False)

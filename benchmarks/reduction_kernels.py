@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import CUDA, DEVICE, DTYPE, flash, graph_milliseconds, line, milliseconds, rand
 from speed3r_ros.kernels import fp8
+from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.linear_attention import (
     key_states_triton,
     linear_attention_triton,
@@ -165,13 +166,13 @@ def lite3r(model: Model, views: int) -> None:
     states = key_states_triton(k, v)
     timed("its states of keys", lambda: key_states_triton(k, v), moved / 2, plain=plain)
     timed("its reading by queries", lambda: read_states_triton(q, states), moved / 2, plain=plain)
-    timed("linear, all frames", lambda: linear_attention_triton(flat, k, v, everything), moved, plain=plain)
-    timed("linear, causal", lambda: linear_attention_triton(q, k, v, causal), moved, plain=plain)
+    timed("linear, all frames", lambda: linear_attention_triton(flat, k, v, Visible(everything)), moved, plain=plain)
+    timed("linear, causal", lambda: linear_attention_triton(q, k, v, Visible(causal)), moved, plain=plain)
 
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         tokens = [x.flatten(2, 3) for x in leaves]
-        dense, linear = flash(*tokens), linear_attention_triton(*leaves, causal.clone())
+        dense, linear = flash(*tokens), linear_attention_triton(*leaves, Visible(causal.clone()))
         grads = [torch.randn_like(x) for x in (dense, linear)]
         plain = timed(
             "dense attention, flash, backward",

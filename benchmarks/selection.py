@@ -15,6 +15,7 @@ from accuracy import header, table_row
 from torch import Tensor
 
 from speed3r_ros.kernels.coarse import coarse_attention
+from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.selected import selected_attention
 from speed3r_ros.model.attention import STRATEGIES, Tokens, dense
 from speed3r_ros.model.config import EngineConfig
@@ -25,7 +26,7 @@ from speed3r_ros.training.evaluate import evaluate_rendered
 def speed3r(group: int, heads_share: bool) -> object:
     """The strategy with one selection for `group` neighbouring query blocks, and for all heads if they share it."""
 
-    def strategy(q: Tokens, k: Tokens, v: Tokens, fine: Tensor, coarse: Tensor, specials: int, top_k: int) -> Tensor:
+    def strategy(q: Tokens, k: Tokens, v: Tokens, fine: Visible, coarse: Visible, specials: int, top_k: int) -> Tensor:
         compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k, group)
         if heads_share:  # the mean of the heads' scores is one wide head's score
             wide = [x.pooled.transpose(1, 2).flatten(2)[:, None] for x in (q, k)]

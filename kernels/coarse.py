@@ -1,9 +1,11 @@
 """Coarse attention among pooled tokens and the choice of key blocks (Speed3R, section 3): Triton kernels and reference.
 
-The attention also notes the largest score of every row among each TILE neighbouring key blocks. The K best key blocks of a
-row lie in the K tiles with the largest maxima (each of them holds a block that beats whatever lies elsewhere; ties go to the
-lower index in both orders), so a second kernel, one program per row, scores only those K * TILE candidates again and keeps
-the best. Both steps find their threshold by bisection on the bits of the scores: any K, exact, and the same in every run.
+The attention also notes the largest score of every row among each tile of neighbouring key blocks. The K best key blocks of
+a row lie in the K tiles with the largest maxima, and those in the K frames with the largest ones (each of them holds a
+block that beats whatever lies elsewhere; ties go to the lower index in every order). So a second kernel, one program per
+row, narrows the choice from frames to tiles to blocks, of which only the last K tiles' are scored again. Among few blocks
+the scores themselves are noted, as tiles of one. Each narrowing finds its threshold by bisection on the bits of the scores:
+any K, exact, and the same in every run.
 
 Shape letters: see `frames`; G = blocks per frame, M >= N frames with pooled tokens, of which the first N are resident.
 """
@@ -14,27 +16,29 @@ import torch
 from torch import Tensor
 
 from speed3r_ros.kernels.frames import (
+    Visible,
+    frame_attention_backward,
     frame_attention_reference,
     frame_attention_triton,
     on_kernels,
+    tiles_per_frame,
     tl,
     triton,
 )
 
-TILE = 16  # key blocks per stored maximum
-WORKSPACE = 2**30  # bytes at most for the maxima; more heads than that take turns
+WORKSPACE = 2**32  # bytes at most for the maxima; more heads than that take turns
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, coarse: Tensor, fine: Tensor, top_k: int) -> tuple[int, int, int]:
+def check(q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int) -> tuple[int, int, int]:
     """T, N and blocks G per frame of the arguments of `coarse_attention`; ValueError if they do not fit together."""
-    (b, h, rows, d), (frames, known) = q.shape, coarse.shape[1:]
-    blocks, resident = rows // frames, fine.shape[2]
+    (b, h, rows, d), (frames, known) = q.shape, coarse.table.shape[1:]
+    blocks, resident = rows // frames, fine.table.shape[2]
     if rows != frames * blocks or k.shape != v.shape or k.shape != (b, h, known * blocks, d):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit {frames} and {known} frames"
         )
-    if fine.shape[1] != frames or resident > known:
-        raise ValueError(f"fine {tuple(fine.shape)} does not fit coarse {tuple(coarse.shape)}")
+    if fine.table.shape[1] != frames or resident > known:
+        raise ValueError(f"fine {tuple(fine.table.shape)} does not fit coarse {tuple(coarse.table.shape)}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     return frames, resident, blocks
@@ -51,7 +55,7 @@ def group_queries(q: Tensor, group: int) -> Tensor:
 
 
 def coarse_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, coarse: Tensor, fine: Tensor, top_k: int, group: int = 1
+    q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int, group: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Plain torch; arguments and results of `coarse_attention`."""
     frames, resident, blocks = check(q, k, v, coarse, fine, top_k)
@@ -60,7 +64,7 @@ def coarse_attention_reference(
     chooser = group_queries(q.detach(), group)
     high = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bhtxd,bhngd->bhtxng", chooser.to(high), k[:, :, :resident].detach().to(high))
-    visible = (fine & coarse[:, :, :resident])[:, None, :, None, :, None]
+    visible = (fine.table & coarse.table[:, :, :resident])[:, None, :, None, :, None]
     scores = scores.masked_fill(~visible, -torch.inf).flatten(4).flatten(2, 3)
     best, index = scores.sort(dim=-1, descending=True, stable=True)
     none = torch.iinfo(torch.int32).max
@@ -76,14 +80,23 @@ if triton is not None:
         bits = (score + 0.0).to(tl.int32, bitcast=True)  # + 0.0: minus zero would sort below zero
         rank = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # integers in the order of the floats
         rank = tl.where(live, rank, -2147483648)
-        threshold = tl.where(tl.sum((rank >= 0).to(tl.int32), 0) >= K, 0, -2147483648)
-        for i in range(31):
-            higher = threshold + (tl.full([], 1073741824, tl.int32) >> i)
-            threshold = tl.where(tl.sum((rank >= higher).to(tl.int32), 0) >= K, higher, threshold)
-        above = rank > threshold
-        equal = ((rank == threshold) & live).to(tl.int32)
-        room = K - tl.sum(above.to(tl.int32), 0)
-        return tl.where(above | ((equal != 0) & (tl.cumsum(equal, 0) <= room)), 1, 0)
+        # `count` ranks reach `low`, and that is K of them at least; fewer than K reach `high`
+        count, high = tl.sum(live.to(tl.int32), 0), tl.max(rank, 0) + 1
+        low = tl.full([], -2147483648, tl.int32)
+        middle = tl.max(tl.where(live, score, 0.0), 0) * 0.5  # the K-th is often between half of the best and the best
+        middle = tl.minimum(middle.to(tl.int32, bitcast=True), high - 1)
+        while (count > K) & (high - low != 1):
+            reach = tl.sum((rank >= middle).to(tl.int32), 0)
+            low = tl.where(reach >= K, middle, low)
+            count = tl.where(reach >= K, reach, count)
+            high = tl.where(reach >= K, high, middle)
+            middle = (low & high) + ((low ^ high) >> 1)  # their mean, which does not overflow
+        taken = (live & (rank >= low)).to(tl.int32)
+        if count > K:  # equal scores at the threshold
+            above = (rank > low).to(tl.int32)
+            equal = taken - above
+            taken = tl.where((equal == 0) | (tl.cumsum(equal, 0) <= K - tl.sum(above, 0)), taken, 0)
+        return taken
 
     @triton.jit
     def _select(
@@ -117,79 +130,138 @@ if triton is not None:
         G: tl.constexpr,
         D: tl.constexpr,
         TILE: tl.constexpr,
+        PER_FRAME: tl.constexpr,
         TILES: tl.constexpr,
-        KEEP: tl.constexpr,
-        D_STEP: tl.constexpr,
+        FRAMES: tl.constexpr,
+        FRAMES_KEPT: tl.constexpr,
+        KEPT: tl.constexpr,
+        CHUNK: tl.constexpr,
     ):
-        """Choose the key blocks of one row: first the tiles, then among their blocks."""
-        PER_FRAME: tl.constexpr = (G + TILE - 1) // TILE
+        """Choose the key blocks of one row.
+
+        PER_FRAME stored maxima per frame, TILES is the power of two above. Of FRAMES frames at most FRAMES_KEPT (all if
+        equal), then of their tiles at most KEPT, then of their blocks K are chosen, CHUNK of which are scored at once.
+        """
         row = tl.program_id(0)
         b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
         t = (row // X).to(tl.int64)
-        index += b * i_b + h * i_h + row.to(tl.int64) * i_x
-
-        tile = tl.arange(0, TILES)
-        frame = tile // PER_FRAME
-        live = frame < N
-        live = live & (tl.load(fine + b * fine_b + t * fine_t + frame * fine_n, mask=live, other=0) != 0)
-        live = live & (tl.load(coarse + b * coarse_b + t * coarse_t + frame * coarse_n, mask=live, other=0) != 0)
+        index += b * i_b + h * i_h + row.to(tl.int64) * i_x  # the result's row doubles as a note pad
         maxima += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row) * (N * PER_FRAME)
-        taken = _best(tl.load(maxima + tile, mask=live, other=float("-inf")), live, K)
-        count = tl.sum(taken, 0)
-        tl.store(index + tl.cumsum(taken, 0) - 1, tile, mask=taken != 0)  # the result's row doubles as a note pad
-        tl.debug_barrier()
+        fine += b * fine_b + t * fine_t
+        coarse += b * coarse_b + t * coarse_t
+        within = tl.arange(0, TILES)
 
-        i = tl.arange(0, KEEP * TILE)
-        tile = tl.load(index + i // TILE, mask=i // TILE < count, other=0)
-        tl.debug_barrier()
-        y = tile % PER_FRAME * TILE + i % TILE
-        live = (i // TILE < count) & (y < G)
-        n = tile // PER_FRAME
-        q += b * q_b + h * q_h + t * q_t + (row % X) * q_x
-        at = k + b * k_b + h * k_h + (n.to(tl.int64) * k_n + y * k_y)
-        score = tl.zeros([KEEP * TILE], tl.float32)
-        for start in tl.static_range(0, D, D_STEP):
-            d = start + tl.arange(0, D_STEP)
-            key = tl.load(at[:, None] + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-            score += tl.sum(key * tl.load(q + d).to(tl.float32)[None, :], 1)
-        taken = _best(score, live, K)
+        n = tl.arange(0, FRAMES)
+        live = n < N
+        live = live & (tl.load(fine + n * fine_n, mask=live, other=0) != 0)
+        live = live & (tl.load(coarse + n * coarse_n, mask=live, other=0) != 0)
+        stored = live[:, None] & (within < PER_FRAME)[None, :]
+        best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
+        if FRAMES_KEPT < FRAMES:
+            taken = _best(tl.max(best, 1), live, K)
+            count = tl.sum(taken, 0)
+            tl.store(index + tl.cumsum(taken, 0) - 1, n, mask=taken != 0)
+            tl.debug_barrier()
+            i = tl.arange(0, FRAMES_KEPT)
+            n = tl.load(index + i, mask=i < count, other=0)
+            tl.debug_barrier()
+            stored = (i < count)[:, None] & (within < PER_FRAME)[None, :]
+            best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
+        some = stored & (within * TILE < G)[None, :]
+        tile = tl.reshape(n[:, None] * PER_FRAME + within[None, :], (FRAMES_KEPT * TILES,))
+        taken = _best(tl.reshape(best, (FRAMES_KEPT * TILES,)), tl.reshape(some, (FRAMES_KEPT * TILES,)), K)
+        number = tile
+        if TILE > 1:
+            count = tl.sum(taken, 0)
+            tl.store(index + tl.cumsum(taken, 0) - 1, tile, mask=taken != 0)
+            tl.debug_barrier()
+            q += b * q_b + h * q_h + t * q_t + (row % X) * q_x
+            k += b * k_b + h * k_h
+            d = tl.arange(0, D)
+            query = tl.load(q + d).to(tl.float32)
+            STEPS: tl.constexpr = KEPT * TILE // CHUNK
+            score = tl.zeros([STEPS, CHUNK], tl.float32)
+            for step in range(STEPS):
+                place = step * CHUNK + tl.arange(0, CHUNK)
+                source = tl.load(index + place // TILE, mask=place // TILE < count, other=0)
+                y = source % PER_FRAME * TILE + place % TILE
+                at = (source // PER_FRAME).to(tl.int64) * k_n + y * k_y
+                some_keys = (place // TILE < count) & (y < G)
+                key = tl.load(k + at[:, None] + d[None, :], mask=some_keys[:, None], other=0.0).to(tl.float32)
+                part = tl.sum(key * query[None, :], 1)
+                score = tl.where((tl.arange(0, STEPS) == step)[:, None], part[None, :], score)
+            i = tl.arange(0, KEPT * TILE)
+            tile = tl.load(index + i // TILE, mask=i // TILE < count, other=0)
+            tl.debug_barrier()
+            block = tile % PER_FRAME * TILE + i % TILE
+            taken = _best(tl.reshape(score, (KEPT * TILE,)), (i // TILE < count) & (block < G), K)
+            number = tile // PER_FRAME * G + block
+        else:
+            number = tile // PER_FRAME * G + tile % PER_FRAME
         count = tl.sum(taken, 0)
-        tl.store(index + tl.cumsum(taken, 0) - 1, n * G + y, mask=taken != 0)
+        tl.store(index + tl.cumsum(taken, 0) - 1, number, mask=taken != 0)
+        i = tl.arange(0, KEPT * TILE)
         tl.store(index + i, -1, mask=(i >= count) & (i < K))
+
+
+def tile_size(resident: int, blocks: int) -> int:
+    """Key blocks per stored maximum: more of them mean less traffic for the maxima and more blocks to score again."""
+    if resident * blocks <= 2048:
+        return 1
+    tile = 8
+    while resident * tiles_per_frame(blocks, tile) > 4096 and tile < min(blocks, 32):
+        tile *= 2
+    return tile
 
 
 def coarse_attention_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    coarse: Tensor,
-    fine: Tensor,
+    coarse: Visible,
+    fine: Visible,
     top_k: int,
     group: int = 1,
-    tile: int = TILE,
+    tile: int | None = None,
     sizes: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels; arguments and results of `coarse_attention`.
+    """The kernels; arguments and results of `coarse_attention`. tile, sizes: see `attend_and_choose`."""
+    return attend_and_choose(q, k, v, coarse, fine, top_k, group, tile, sizes)[:2]
 
-    tile: key blocks per stored maximum, a power of two; sizes: see `frames.tile_sizes`.
+
+def attend_and_choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coarse: Visible,
+    fine: Visible,
+    top_k: int,
+    group: int,
+    tile: int | None = None,
+    sizes: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of `coarse_attention`, and the logarithm of the sum of exponentials (B, H, T, G).
+
+    tile: key blocks per stored maximum, a power of two, see `tile_size`; sizes: see `frames.tile_sizes`.
     """
     frames, resident, blocks = check(q, k, v, coarse, fine, top_k)
     b, h, _, d = q.shape
     q, k, v = q.unflatten(2, (frames, -1)), k.unflatten(2, (-1, blocks)), v.unflatten(2, (-1, blocks))
     compressed = torch.empty_like(q, memory_format=torch.contiguous_format)
     chooser = group_queries(q, group)
+    parts = []
     if group > 1:
-        frame_attention_triton(q, k, v, coarse, out=compressed, sizes=sizes)
-    rows, per_frame = chooser.shape[3], triton.cdiv(blocks, tile)
-    tiles, keep = resident * per_frame, min(top_k, resident * blocks)
-    candidates = triton.next_power_of_2(min(keep, tiles)) * tile
+        parts = [frame_attention_triton(q, k, v, coarse, out=compressed, sizes=sizes)[1]]
+    tile = tile or tile_size(resident, blocks)
+    rows, keep = chooser.shape[3], min(top_k, resident * blocks)
+    width = resident * tiles_per_frame(blocks, tile)
     index = torch.empty(b, h, frames * rows, keep, dtype=torch.int32, device=q.device)
-    turn = max(1, WORKSPACE // (4 * b * frames * rows * tiles))
+    turn = max(1, WORKSPACE // (4 * b * frames * rows * width))
     for first in range(0, h, turn):
         heads = slice(first, first + turn)
         qs, ks, chosen = chooser[:, heads], k[:, heads], index[:, heads]
-        maxima = torch.empty(b, qs.shape[1], frames * rows, tiles, dtype=torch.float32, device=q.device)
-        frame_attention_triton(
+        maxima = torch.empty(b, qs.shape[1], frames * rows, width, dtype=torch.float32, device=q.device)
+        _, lse = frame_attention_triton(
             qs,
             ks,
             v[:, heads],
@@ -199,45 +271,86 @@ def coarse_attention_triton(
             values=group == 1,
             sizes=sizes,
         )
-        _select[(frames * rows, b * qs.shape[1])](
-            maxima,
-            qs,
-            ks,
-            fine.view(torch.uint8),
-            coarse.view(torch.uint8),
-            chosen,
-            *qs.stride()[:4],
-            *ks.stride()[:4],
-            *fine.expand(b, -1, -1).stride(),
-            *coarse.expand(b, -1, -1).stride(),
-            *chosen.stride()[:3],
-            qs.shape[1],
-            resident,
-            rows,
-            keep,
-            G=blocks,
-            D=d,
-            TILE=tile,
-            TILES=triton.next_power_of_2(tiles),
-            KEEP=candidates // tile,
-            D_STEP=max(2, min(16, 2**14 // candidates)),
-            num_warps=4 if max(candidates, tiles) <= 4096 else 16,
-        )
-    return compressed.flatten(2, 3), index
+        if group == 1:
+            parts.append(lse)
+        select(maxima, qs, ks, coarse.table, fine.table, chosen, tile)
+    return compressed.flatten(2, 3), index, torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def select(maxima: Tensor, q: Tensor, k: Tensor, coarse: Tensor, fine: Tensor, index: Tensor, tile: int) -> None:
+    """Write the choice of every row, from the maxima of its tiles of key blocks, to `index` (B, H, T * X, K)."""
+    (b, h, frames, rows, d), blocks, (resident, keep) = q.shape, k.shape[3], (fine.shape[2], index.shape[3])
+    per_frame = tiles_per_frame(blocks, tile)
+    tiles, all_frames = triton.next_power_of_2(per_frame), triton.next_power_of_2(resident)
+    kept = triton.next_power_of_2(min(keep, resident * per_frame))
+    frames_kept = kept if tile > 1 and all_frames >= 2 * kept else all_frames
+    widest = max(all_frames, frames_kept * tiles, kept * tile)
+    _select[(frames * rows, b * h)](
+        maxima,
+        q,
+        k,
+        fine.view(torch.uint8),
+        coarse.view(torch.uint8),
+        index,
+        *q.stride()[:4],
+        *k.stride()[:4],
+        *fine.expand(b, -1, -1).stride(),
+        *coarse.expand(b, -1, -1).stride(),
+        *index.stride()[:3],
+        h,
+        resident,
+        rows,
+        keep,
+        G=blocks,
+        D=d,
+        TILE=tile,
+        PER_FRAME=per_frame,
+        TILES=tiles,
+        FRAMES=all_frames,
+        FRAMES_KEPT=frames_kept,
+        KEPT=kept,
+        CHUNK=min(kept * tile, max(16, 4096 // d)),
+        num_warps=max(1, min(8, widest // 1024)),
+    )
+
+
+class CoarseAttention(torch.autograd.Function):
+    """`coarse_attention` by the kernels, differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int, group: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `coarse_attention`."""
+        compressed, index, lse = attend_and_choose(q, k, v, coarse, fine, top_k, group)
+        ctx.save_for_backward(q, k, v, compressed, lse)
+        ctx.coarse = coarse
+        ctx.mark_non_differentiable(index)
+        return compressed, index
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, compressed, lse = ctx.saved_tensors
+        frames, blocks = lse.shape[2:]
+        delta = (compressed.float() * grad.float()).sum(-1).unflatten(2, (frames, blocks))
+        q, k, v, grad = (x.unflatten(2, (-1, blocks)) for x in (q, k, v, grad))
+        grads = frame_attention_backward(q, k, v, ctx.coarse, grad, lse, delta)
+        return *(x.flatten(2, 3) for x in grads), *[None] * 4
 
 
 def coarse_attention(
-    q: Tensor, k: Tensor, v: Tensor, coarse: Tensor, fine: Tensor, top_k: int, group: int = 1
+    q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int, group: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Attention among pooled tokens, and the best key blocks of every query block and head.
 
-    q: (B, H, T * G, D). k, v: (B, H, M * G, D), strided views allowed. coarse: (B or 1, T, M) bool, the frames whose
-    pooled tokens a frame attends to. fine: (B or 1, T, N) bool: blocks are chosen among the first N frames, those that
-    both tables show. group: so many neighbouring blocks of a frame choose together, by the mean of their queries.
+    q: (B, H, T * G, D). k, v: (B, H, M * G, D), strided views allowed. coarse: of a table (B or 1, T, M), the frames
+    whose pooled tokens a frame attends to. fine: of a table (B or 1, T, N): blocks are chosen among the first N frames,
+    those that both tables show. group: so many neighbouring blocks of a frame choose together, by the mean of their queries.
 
     Returns the attention's output (B, H, T * G, D) and the choice (B, H, T * ceil(G / group), K) int32 with
     K = min(top_k, N * G): block numbers (frame * G + block) in rising order, then -1 where fewer are visible. Of equal
     scores the lower number wins. The choice has no gradient. Raises ValueError on shapes that do not fit.
     """
-    run = coarse_attention_triton if on_kernels(q) else coarse_attention_reference
+    run = CoarseAttention.apply if on_kernels(q) else coarse_attention_reference
     return run(q, k, v, coarse, fine, top_k, group)

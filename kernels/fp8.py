@@ -103,7 +103,7 @@ if triton is not None:
             left = K - first
             a = tl.load(at_x + first, mask=(k < left)[None, :], other=0.0)
             b = tl.load(at_w + first, mask=(k < left)[:, None], other=0.0)
-            acc = tl.dot(a, b, acc)
+            acc = tl.dot(a, b, acc, max_num_imprecise_acc=BK)  # the units add up to 14 bits only
         acc *= (
             tl.load(x_scale + m, mask=m < M, other=0.0)[:, None] * tl.load(w_scale + n, mask=n < N, other=0.0)[None, :]
         )

@@ -11,6 +11,9 @@ may be strided views (ring buffers, the special tokens of every frame); only the
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,8 +29,7 @@ KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def on_kernels(x: Tensor) -> bool:
     """Whether the public functions run their Triton kernels for x, else the reference."""
-    differentiated = torch.is_grad_enabled() and x.requires_grad
-    return triton is not None and x.is_cuda and x.dtype in KERNEL_TYPES and not differentiated
+    return triton is not None and x.is_cuda and x.dtype in KERNEL_TYPES
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -35,25 +37,50 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> None:
+class Visible:
+    """Which frames a frame sees, with the lists that the kernels walk: each is made at its first use, then kept.
+
+    All layers of a step share one object. Make a new one whenever the table changes; to capture a CUDA graph, make it
+    inside, so that a replay lists what the table holds by then. table: (B or 1, T, N) bool; ValueError if it is not.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        if table.dtype != torch.bool or table.dim() != 3:
+            raise ValueError(f"visible must be bool of three axes, not {table.dtype} {tuple(table.shape)}")
+        self.table = table
+        self._lists: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @functools.cached_property
+    def transposed(self) -> Visible:
+        """By which frames a frame is seen."""
+        return Visible(self.table.transpose(1, 2))
+
+    def lists(self, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`list_frames` of the table."""
+        if (rows, tile) not in self._lists:
+            self._lists[rows, tile] = list_frames(self.table, rows, tile)
+        return self._lists[rows, tile]
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> None:
     """Raise ValueError unless the arguments of `frame_attention` fit together."""
     (b, h, t, _, d), n = q.shape, k.shape[2]
     if k.shape != v.shape or k.shape[:2] != (b, h) or k.shape[4] != d:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
-    if visible.dtype != torch.bool or visible.shape not in ((1, t, n), (b, t, n)):
-        raise ValueError(f"visible must be bool of (1 or {b}, {t}, {n}), not {visible.dtype} {tuple(visible.shape)}")
+    if visible.table.shape not in ((1, t, n), (b, t, n)):
+        raise ValueError(f"visible must be (1 or {b}, {t}, {n}), not {tuple(visible.table.shape)}")
 
 
-def frame_attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+def frame_attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
     """Plain torch; arguments and results of `frame_attention`."""
     check(q, k, v, visible)
     high = torch.promote_types(q.dtype, torch.float32)
-    mask = visible[:, None, :, None, :, None]
+    mask = visible.table[:, None, :, None, :, None]
     scores = torch.einsum("bhtxd,bhnyd->bhtxny", q.to(high), k.to(high)) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~mask, -torch.inf).flatten(4)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    seen = visible.any(1)[:, None, :, None, None]  # what nobody sees may hold anything, also NaN
+    seen = visible.table.any(1)[:, None, :, None, None]  # what nobody sees may hold anything, also NaN
     values = v.to(high).masked_fill(~seen, 0).flatten(2, 3)
     return torch.einsum("bhtxj,bhjd->bhtxd", weights, values).to(q.dtype), lse
 
@@ -132,11 +159,13 @@ if triton is not None:
         TILE: tl.constexpr,
         SCORES: tl.constexpr,
         VALUES: tl.constexpr,
+        RUN: tl.constexpr,
         WIDE: tl.constexpr,
     ):
         """One tile of BM query rows against one share of its keys.
 
-        v has the strides of k. SCORES stores the largest score of each TILE keys of the first `resident` frames; VALUES stores the attention.
+        v has the strides of k. SCORES stores the largest score of each TILE keys of the first `resident` frames, of which
+        RUN neighbours always lie in one frame; VALUES stores the attention.
         """
         tile, split = tl.program_id(0), tl.program_id(2)
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -161,6 +190,13 @@ if triton is not None:
         low = split * share
         high = tl.minimum(low + share, tl.cdiv(total, BN))
 
+        column = tl.arange(0, BN)  # of the tile of scores: which key stands there
+        if SCORES and TILE > 1:
+            # A thread of the tensor cores' result owns two neighbouring columns of eight. It is given a run of neighbouring
+            # keys, so that each tile's maximum is found inside one thread.
+            LANES: tl.constexpr = 4 if BN >= 4 * TILE else BN // TILE
+            column = column // 2 % LANES * (BN // LANES) + column // (2 * LANES) * 2 + column % 2
+
         m = tl.full([BM], float("-inf"), tl.float32)
         l = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, D], tl.float32)
@@ -170,13 +206,15 @@ if triton is not None:
             else:
                 begin, end = tl.maximum(low, full), high
             for i in range(begin, end):
-                j = i * BN + tl.arange(0, BN)
+                j = i * BN + column
                 y = j % Y_PADDED
-                if part == 0 and not PADDED:
+                if part == 0:
                     n = tl.load(lists + j // Y_PADDED)
-                    at = (n.to(tl.int64) if WIDE else n) * k_n + y * k_y
+                    at = (n.to(tl.int64) if WIDE else n) * k_n + tl.minimum(y, Y - 1) * k_y
                     key = tl.load(k + at[:, None] + d[None, :])
                     s = tl.dot(query, tl.trans(key), input_precision="ieee")
+                    if PADDED:
+                        s = tl.where((y < Y)[None, :], s, float("-inf"))
                 else:
                     live = (j < total) & (y < Y)
                     n = tl.load(lists + j // Y_PADDED, mask=j < total, other=0)
@@ -184,25 +222,31 @@ if triton is not None:
                     key = tl.load(k + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
                     s = tl.dot(query, tl.trans(key), input_precision="ieee")
                     s = tl.where(live[None, :], s, float("-inf"))
+                tops = s
                 if SCORES:
-                    first = i * BN + tl.arange(0, BN // TILE) * TILE
+                    if TILE > 1:
+                        parts = tl.reshape(s, (BM, BN // LANES // TILE, TILE // 2, LANES, 2))
+                        tops = tl.trans(tl.max(tl.max(parts, 4), 2), 0, 2, 1)
+                    tops = tl.reshape(tops, (BM, BN // TILE // RUN, RUN))
+                    first = i * BN + tl.arange(0, BN // TILE // RUN) * (RUN * TILE)
                     frame = tl.load(lists + first // Y_PADDED, mask=first < total, other=resident)
-                    column = frame * (Y_PADDED // TILE) + first % Y_PADDED // TILE
+                    place = frame * (Y_PADDED // TILE) + first % Y_PADDED // TILE
                     row = (tl.program_id(1) * T * X + rows).to(tl.int64) * (resident * (Y_PADDED // TILE))
                     tl.store(
-                        maxima + row[:, None] + column[None, :],
-                        tl.max(tl.reshape(s, (BM, BN // TILE, TILE)), 2),
-                        mask=inside[:, None] & (frame < resident)[None, :],
+                        maxima + row[:, None, None] + place[None, :, None] + tl.arange(0, RUN)[None, None, :],
+                        tops,
+                        mask=inside[:, None, None] & (frame < resident)[None, :, None],
                     )
+                    tops = tl.reshape(tops, (BM, BN // TILE))
                 if VALUES:
-                    if part == 0 and not PADDED:
+                    if part == 0:
                         value = tl.load(v + at[:, None] + d[None, :])
                     else:
                         value = tl.load(v + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
-                    if part == 1:
                         word = tl.load(words + j // Y_PADDED, mask=live, other=0)
                         s = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, s, float("-inf"))
-                    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+                        tops = s
+                    m_new = tl.maximum(m, tl.max(tops, 1) * scale)
                     origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far
                     p = tl.exp2(s * scale - origin[:, None])
                     shrink = tl.exp2(m - origin)
@@ -228,36 +272,200 @@ if triton is not None:
         o_t,
         o_x,
         H,
-        T,
         X,
+        splits,
         D: tl.constexpr,
-        BM: tl.constexpr,
         SPLITS: tl.constexpr,
     ):
-        """Join the shares that `_forward` made of the keys."""
-        b, h = tl.program_id(1) // H, tl.program_id(1) % H
-        rows = tl.program_id(0) * BM + tl.arange(0, BM)
-        inside = rows < T * X
-        t, x = rows // X, rows % X
+        """Join the shares that `_forward` made of one row's keys."""
+        row, b, h = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row
+        share = tl.arange(0, SPLITS)
+        at_share = at + share * (tl.num_programs(0).to(tl.int64) * tl.num_programs(1))
         d = tl.arange(0, D)
-        size = tl.num_programs(1).to(tl.int64) * T * X  # rows of one share
-        at = tl.program_id(1).to(tl.int64) * T * X + rows
-        m = tl.full([BM], float("-inf"), tl.float32)
-        for split in range(SPLITS):
-            m = tl.maximum(m, tl.load(partial_lse + split * size + at, mask=inside, other=float("-inf")))
-        origin = tl.where(m == float("-inf"), 0.0, m)
-        l = tl.zeros([BM], tl.float32)
+        part = tl.load(partial_lse + at_share, mask=share < splits, other=float("-inf"))
+        m = tl.max(part, 0)
+        weight = tl.exp(part - tl.where(m == float("-inf"), 0.0, m))
+        l = tl.sum(weight, 0)
+        value = tl.load(partial + at_share[:, None] * D + d[None, :], mask=(share < splits)[:, None], other=0.0)
+        acc = tl.sum(weight[:, None] * value, 0) / tl.where(l == 0, 1.0, l)
+        place = out + b * o_b + h * o_h + (row // X).to(tl.int64) * o_t + row % X * o_x
+        tl.store(place + d, acc.to(out.dtype.element_ty))
+        tl.store(lse + at, m + tl.log(l))
+
+    @triton.jit
+    def _backward_queries(
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        grad_q,
+        lists,
+        words,
+        counts,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        g_b,
+        g_h,
+        g_t,
+        g_x,
+        list_b,
+        H,
+        T,
+        N,
+        X,
+        scale,
+        Y: tl.constexpr,
+        D: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradient of one tile of BM query rows. v has the strides of k; grad_q is contiguous.
+
+        lse is in powers of two, +inf where a row sees nothing; delta is what every row's gradient of scores loses.
+        """
+        tile = tl.program_id(0)
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        b64, h64 = b.to(tl.int64), h.to(tl.int64)
+        rows = tile * BM + tl.arange(0, BM)
+        inside = rows < T * X
+        t, x = tl.minimum(rows // X, T - 1), rows % X
+        d = tl.arange(0, D)
+        at = q + b64 * q_b + h64 * q_h + (t.to(tl.int64) * q_t + x * q_x)[:, None]
+        query = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
+        at = grad + b64 * g_b + h64 * g_h + (t.to(tl.int64) * g_t + x * g_x)[:, None]
+        g = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
+        row = tl.program_id(1).to(tl.int64) * T * X + rows
+        row_lse = tl.load(lse + row, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + row, mask=inside, other=0.0)
+        k += b64 * k_b + h64 * k_h
+        v += b64 * k_b + h64 * k_h
+        bit = t - tile * BM // X
+        listed = b * list_b + tile
+        lists += listed.to(tl.int64) * N
+        words += listed.to(tl.int64) * N
+        total = tl.load(counts + listed * 2 + 1) * Y
+        full = tl.load(counts + listed * 2) * Y // BN
+
         acc = tl.zeros([BM, D], tl.float32)
-        for split in range(SPLITS):
-            weight = tl.exp(tl.load(partial_lse + split * size + at, mask=inside, other=float("-inf")) - origin)
-            l += weight
-            where = (split * size + at)[:, None] * D + d[None, :]
-            acc += weight[:, None] * tl.load(partial + where, mask=inside[:, None], other=0.0)
-        acc = acc / tl.where(l == 0, 1.0, l)[:, None]
-        out += b.to(tl.int64) * o_b + h.to(tl.int64) * o_h
-        place = (t.to(tl.int64) * o_t + x * o_x)[:, None] + d[None, :]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside[:, None])
-        tl.store(lse + at, m + tl.log(l), mask=inside)
+        for part in tl.static_range(2):  # as in `_forward`
+            for i in range(0 if part == 0 else full, full if part == 0 else tl.cdiv(total, BN)):
+                j = i * BN + tl.arange(0, BN)
+                live = j < total
+                n = tl.load(lists + j // Y, mask=live, other=0)
+                place = ((n.to(tl.int64) if WIDE else n) * k_n + j % Y * k_y)[:, None] + d[None, :]
+                key = tl.load(k + place, mask=live[:, None], other=0.0)
+                value = tl.load(v + place, mask=live[:, None], other=0.0)
+                s = tl.dot(query, tl.trans(key), input_precision="ieee")
+                p = tl.exp2(s * scale - row_lse[:, None])
+                ds = p * (tl.dot(g, tl.trans(value), input_precision="ieee") - row_delta[:, None])
+                if part == 1:
+                    word = tl.load(words + j // Y, mask=live, other=0)
+                    ds = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, ds, 0.0)
+                acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
+        acc *= scale * 0.6931471805599453
+        tl.store(grad_q + row[:, None] * D + d[None, :], acc.to(grad_q.dtype.element_ty), mask=inside[:, None])
+
+    @triton.jit
+    def _backward_keys(
+        q,
+        k,
+        v,
+        grad,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        lists,
+        words,
+        counts,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        g_b,
+        g_h,
+        g_t,
+        g_x,
+        list_b,
+        H,
+        T,
+        N,
+        Y,
+        scale,
+        X: tl.constexpr,
+        D: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradients of one tile of BM keys and values, along the list of the frames that see them, BN queries at a time.
+
+        See `_backward_queries`; grad_k and grad_v are contiguous.
+        """
+        tile = tl.program_id(0)
+        b, h = tl.program_id(1) // H, tl.program_id(1) % H
+        b64, h64 = b.to(tl.int64), h.to(tl.int64)
+        rows = tile * BM + tl.arange(0, BM)
+        inside = rows < N * Y
+        n, y = tl.minimum(rows // Y, N - 1), rows % Y
+        d = tl.arange(0, D)
+        at = b64 * k_b + h64 * k_h + (n.to(tl.int64) * k_n + y * k_y)[:, None] + d[None, :]
+        key = tl.load(k + at, mask=inside[:, None], other=0.0)
+        value = tl.load(v + at, mask=inside[:, None], other=0.0)
+        q += b64 * q_b + h64 * q_h
+        grad += b64 * g_b + h64 * g_h
+        lse += tl.program_id(1).to(tl.int64) * T * X
+        delta += tl.program_id(1).to(tl.int64) * T * X
+        bit = n - tile * BM // Y
+        listed = b * list_b + tile
+        lists += listed.to(tl.int64) * T
+        words += listed.to(tl.int64) * T
+        total = tl.load(counts + listed * 2 + 1) * X
+        full = tl.load(counts + listed * 2) * X // BN
+
+        acc_k = tl.zeros([BM, D], tl.float32)
+        acc_v = tl.zeros([BM, D], tl.float32)
+        for part in tl.static_range(2):  # as in `_forward`
+            for i in range(0 if part == 0 else full, full if part == 0 else tl.cdiv(total, BN)):
+                j = i * BN + tl.arange(0, BN)
+                live = j < total
+                t = tl.load(lists + j // X, mask=live, other=0)
+                t_wide = t.to(tl.int64) if WIDE else t
+                x = j % X
+                place = (t_wide * q_t + x * q_x)[:, None] + d[None, :]
+                query = tl.load(q + place, mask=live[:, None], other=0.0)
+                place = (t_wide * g_t + x * g_x)[:, None] + d[None, :]
+                g = tl.load(grad + place, mask=live[:, None], other=0.0)
+                row_lse = tl.load(lse + t * X + x, mask=live, other=float("inf"))
+                row_delta = tl.load(delta + t * X + x, mask=live, other=0.0)
+                s = tl.dot(key, tl.trans(query), input_precision="ieee")
+                p = tl.exp2(s * scale - row_lse[None, :])
+                ds = p * (tl.dot(value, tl.trans(g), input_precision="ieee") - row_delta[None, :])
+                if part == 1:
+                    word = tl.load(words + j // X, mask=live, other=0)
+                    seen = ((word[None, :] >> bit[:, None]) & 1) != 0
+                    p = tl.where(seen, p, 0.0)
+                    ds = tl.where(seen, ds, 0.0)
+                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision="ieee")
+                acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision="ieee")
+        acc_k *= scale * 0.6931471805599453
+        place = (tl.program_id(1).to(tl.int64) * N * Y + rows)[:, None] * D + d[None, :]
+        tl.store(grad_k + place, acc_k.to(grad_k.dtype.element_ty), mask=inside[:, None])
+        tl.store(grad_v + place, acc_v.to(grad_v.dtype.element_ty), mask=inside[:, None])
 
 
 def list_frames(visible: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,15 +494,30 @@ def touched(frames: int, rows: int, tile: int) -> int:
     return min(frames, -(-tile // rows) + (tile % rows > 0))
 
 
-def tile_sizes(frames: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of queries and keys, warps and pipeline stages for so many query frames of `rows` rows each."""
+def tile_sizes(frames: int, rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of queries and keys, warps and pipeline stages, measured on an H200.
+
+    frames: query frames of `rows` rows each; keys: rows of a key frame.
+    """
     low = dtype != torch.float32  # without tensor cores: smaller tiles, so that registers suffice
-    bm = min(128 if low else 32, max(16, triton.next_power_of_2(frames * rows)))
+    pooled = max(rows, keys) <= 128
+    bm = min((64 if pooled else 128) if low else 32, max(16, triton.next_power_of_2(frames * rows)))
     while touched(frames, rows, bm) > 32:
         bm //= 2
-    if low:
-        return {"BM": bm, "BN": 64, "num_warps": {128: 8, 64: 4, 32: 2, 16: 1}[bm], "num_stages": 3}
-    return {"BM": bm, "BN": 32, "num_warps": 4, "num_stages": 2}
+    if not low:
+        return {"BM": bm, "BN": 32, "num_warps": 4, "num_stages": 2}
+    if bm < 64:
+        return {"BM": bm, "BN": 64, "num_warps": bm // 16, "num_stages": 3}
+    warps = 4 if bm * width <= 128 * 64 else 8
+    if pooled:
+        return {"BM": bm, "BN": 128, "num_warps": warps, "num_stages": 2}
+    return {"BM": bm, "BN": 64, "num_warps": warps, "num_stages": 3}
+
+
+def shares(programs: int, keys: int, sizes: dict[str, int], device: torch.device) -> int:
+    """Into how many shares to split the keys so that few programs fill the device: about 8 warps a multiprocessor."""
+    room = max(1, 8 // sizes["num_warps"]) * multiprocessors(device)
+    return max(1, min(room // programs, triton.cdiv(keys, 4 * sizes["BN"]), 64))
 
 
 def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,7 +534,7 @@ def frame_attention_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor,
+    visible: Visible,
     out: Tensor | None = None,
     maxima: tuple[Tensor, int] | None = None,
     values: bool = True,
@@ -321,29 +544,26 @@ def frame_attention_triton(
     """The kernels; arguments and results of `frame_attention`, and more.
 
     out: where to write, (B, H, T, X, D) of any type and strides. maxima: (buffer, tile): also store, before scaling, the
-    largest score of every `tile` keys, where buffer is float32 (B, H, T * X, R * ceil(Y / tile)) and belongs to the first R
-    key frames; entries of frames outside a row's tile's list stay as they were. values=False does only that. splits:
-    shares of the keys that run side by side; sizes: tile sizes, both chosen by shape if None.
+    largest score of every `tile` keys, where buffer is float32 (B, H, T * X, R * `tiles_per_frame(Y, tile)`) and belongs
+    to the first R key frames; entries of frames outside a row's tile's list stay as they were. values=False does only
+    that. splits: shares of the keys that run side by side; sizes: tile sizes, both chosen by shape if None.
     """
     check(q, k, v, visible)
     (b, h, t, x, d), (n, y) = q.shape, k.shape[2:4]
     if d < 16 or d & (d - 1):
         raise ValueError(f"head width {d} must be a power of two, at least 16")
     k, v = alike(k, v)
-    sizes = sizes or tile_sizes(t, x, q.dtype)
-    bm, bn = sizes["BM"], sizes["BN"]
-    tile = maxima[1] if maxima else 16
-    padded = triton.cdiv(y, tile) * tile if maxima else y
-    resident = maxima[0].shape[-1] // (padded // tile) if maxima else 0
-    lists, words, counts = list_frames(visible, x, bm)
+    sizes = sizes or tile_sizes(t, x, y, d, q.dtype)
+    tile = maxima[1] if maxima else 1
+    per_frame = tiles_per_frame(y, tile)
+    padded = per_frame * tile if maxima else y
+    lists, words, counts = visible.lists(x, sizes["BM"])
     tiles = lists.shape[1]
-    if splits is None:
-        splits = min(2 * multiprocessors(q.device) // (tiles * b * h), triton.cdiv(n * padded, 4 * bn), 64)
-    splits = max(1, splits)
+    splits = splits or shares(tiles * b * h, n * padded, sizes, q.device)
     if out is None:
         out = torch.empty(b, h, t, x, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, t, x, dtype=torch.float32, device=q.device)
-    if splits == 1:
+    if splits == 1 or not values:
         target, target_lse, strides = out, lse, (0, *out.stride()[:4])
     else:
         target = torch.empty(splits, b, h, t, x, d, dtype=torch.float32, device=q.device)
@@ -367,7 +587,7 @@ def frame_attention_triton(
         t,
         n,
         x,
-        resident,
+        maxima[0].shape[-1] // per_frame if maxima else 0,
         d**-0.5 * LOG2E,
         Y=y,
         Y_PADDED=padded,
@@ -376,21 +596,104 @@ def frame_attention_triton(
         TILE=tile,
         SCORES=maxima is not None,
         VALUES=values,
+        RUN=math.gcd(sizes["BN"] // tile, per_frame),
         WIDE=wide(k),
         **sizes,
     )
     if splits > 1 and values:
-        _combine[(triton.cdiv(t * x, 16), b * h)](
-            target, target_lse, out, lse, *out.stride()[:4], h, t, x, D=d, BM=16, SPLITS=splits, num_warps=2
+        _combine[(t * x, b * h)](
+            target,
+            target_lse,
+            out,
+            lse,
+            *out.stride()[:4],
+            h,
+            x,
+            splits,
+            D=d,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=1 if splits * d <= 1024 else 4,
         )
     return out, lse
 
 
-def frame_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+def tiles_per_frame(keys: int, tile: int) -> int:
+    """Tiles of so many keys in a frame; rows of single scores are padded so that they can be stored four at a time."""
+    return triton.cdiv(keys, tile) if tile > 1 else triton.cdiv(keys, 4) * 4
+
+
+def frame_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, grad: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous. grad: of the output; lse: from the forward pass.
+
+    delta: (B, H, T, X) float32, the output times its gradient, summed over each row, less the gradient of lse. The keys'
+    gradients are gathered along transposed lists, without atomics, so that they are the same in every run.
+    """
+    (b, h, t, x, d), (n, y) = q.shape, k.shape[2:4]
+    k, v = alike(k, v)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    exponent = (lse * LOG2E).masked_fill(lse == -torch.inf, torch.inf)
+    grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k, v)]
+    for kernel, table, mine, other, results in (
+        (_backward_queries, visible, (t, x), (n, y), grads[:1]),
+        (_backward_keys, visible.transposed, (n, y), (t, x), grads[1:]),
+    ):
+        sizes = tile_sizes(*mine, other[1], d, q.dtype)
+        sizes |= {"BM": min(64, sizes["BM"]), "BN": min(64, sizes["BN"]), "num_stages": 2}
+        lists, words, counts = table.lists(mine[1], sizes["BM"])
+        kernel[(lists.shape[1], b * h)](
+            q,
+            k,
+            v,
+            grad,
+            exponent,
+            delta,
+            *results,
+            lists,
+            words,
+            counts,
+            *q.stride()[:4],
+            *k.stride()[:4],
+            *grad.stride()[:4],
+            lists.shape[1] if lists.shape[0] > 1 else 0,
+            h,
+            t,
+            n,
+            mine[1],
+            d**-0.5 * LOG2E,
+            other[1],
+            D=d,
+            WIDE=wide(k) or wide(q) or wide(grad),
+            **sizes,
+        )
+    return tuple(grads)
+
+
+class FrameAttention(torch.autograd.Function):
+    """`frame_attention` by the kernels, differentiable."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
+        """See `frame_attention`."""
+        out, lse = frame_attention_triton(q, k, v, visible)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.visible = visible
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, out, lse = ctx.saved_tensors
+        delta = (out.float() * grad.float()).sum(-1) - grad_lse
+        return *frame_attention_backward(q, k, v, ctx.visible, grad, lse, delta), None
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
     """Softmax attention of all rows of a query frame to all rows of the key frames that it sees.
 
-    q: (B, H, T, X, D). k, v: (B, H, N, Y, D). visible: (B or 1, T, N) bool. Scores are scaled by D ** -0.5. Returns the
-    output (B, H, T, X, D) in q's type and the logarithm of the sum of exponentials (B, H, T, X), float32 or finer. A frame
-    that sees nothing gets zeros, and -inf. Raises ValueError on shapes that do not fit.
+    q: (B, H, T, X, D). k, v: (B, H, N, Y, D). visible: of a table (B or 1, T, N). Scores are scaled by D ** -0.5. Returns
+    the output (B, H, T, X, D) in q's type and the logarithm of the sum of exponentials (B, H, T, X), float32 or finer. A
+    frame that sees nothing gets zeros, and -inf. Raises ValueError on shapes that do not fit.
     """
-    return (frame_attention_triton if on_kernels(q) else frame_attention_reference)(q, k, v, visible)
+    return (FrameAttention.apply if on_kernels(q) else frame_attention_reference)(q, k, v, visible)

@@ -12,13 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speed3r_ros.kernels.frames import Visible
+
 BLOCK = 16  # tokens of one 4 x 4 window of patches
 
 
-def on_gathered(q: Tensor, fine: Tensor) -> bool:
+def on_gathered(q: Tensor, fine: Visible) -> bool:
     """Whether `selected_attention_gathered` can stand in for the reference: one frame on a CPU, not to be differentiated."""
     differentiated = torch.is_grad_enabled() and q.requires_grad
-    return q.device.type == "cpu" and q.shape[0] == fine.shape[1] == 1 and not differentiated and bool(fine.any())
+    return (
+        q.device.type == "cpu"
+        and q.shape[0] == fine.table.shape[1] == 1
+        and not differentiated
+        and bool(fine.table.any())
+    )
 
 
 def selected_attention_gathered(
@@ -28,14 +35,14 @@ def selected_attention_gathered(
     index: Tensor,
     compressed: Tensor,
     gate: Tensor,
-    fine: Tensor,
+    fine: Visible,
     specials: int,
     group: int = 1,
 ) -> Tensor:
     """Arguments and results of `selected.selected_attention`, for B = T = 1 and at least one visible frame."""
     heads, length, width = q.shape[1:]
     blocks = (length - specials) // BLOCK
-    visible = fine[0, 0].nonzero()[:, 0]
+    visible = fine.table[0, 0].nonzero()[:, 0]
     index = index[0].long().repeat_interleave(group, 1)[:, :blocks]  # (H, G, K)
     none = index < 0
     index = index.masked_fill(none, int(visible[0]) * blocks)
@@ -62,7 +69,7 @@ def selected_attention_gathered(
     patches *= gate[..., 1:]
     patches += gate[..., :1] * compressed.repeat_interleave(BLOCK, 2)
     if specials:
-        if len(visible) < fine.shape[2]:
+        if len(visible) < fine.table.shape[2]:
             k, v = (x.unflatten(2, (-1, length))[:, :, visible].flatten(2, 3) for x in (k, v))
         out[:, :, :specials] = F.scaled_dot_product_attention(q[:, :, :specials], k, v)
     return out

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed3r_ros.kernels.frames import check, on_kernels, tl, triton
+from speed3r_ros.kernels.frames import Visible, check, on_kernels, tl, triton
 
 CHUNK = 1024  # rows whose contributions to a state one program adds up
 
@@ -315,34 +315,34 @@ def read_states(q: Tensor, states: Tensor) -> Tensor:
     return (read_states_triton if on_kernels(q) else read_states_reference)(q, states)
 
 
-def sum_visible(states: Tensor, visible: Tensor) -> Tensor:
+def sum_visible(states: Tensor, visible: Visible) -> Tensor:
     """The sum of the states that each query frame sees.
 
-    states: (B, H, N, D + 1, D). visible: (B or 1, T, N) bool. Returns (B, H, T, D + 1, D). Frames that nobody sees may hold
+    states: (B, H, N, D + 1, D). visible: of a table (B or 1, T, N). Returns (B, H, T, D + 1, D). Frames that nobody sees may hold
     anything, also NaN.
     """
     b, h, n = states.shape[:3]
-    states = states.masked_fill(~visible.any(1)[:, None, :, None, None], 0)
-    return (visible[:, None].to(states.dtype) @ states.flatten(3)).unflatten(3, states.shape[3:])
+    states = states.masked_fill(~visible.table.any(1)[:, None, :, None, None], 0)
+    return (visible.table[:, None].to(states.dtype) @ states.flatten(3)).unflatten(3, states.shape[3:])
 
 
-def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """Plain torch; arguments and results of `linear_attention`."""
     check(q, k, v, visible)
     return read_states_reference(q, sum_visible(key_states_reference(k, v), visible))
 
 
-def linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """The kernels; arguments and results of `linear_attention`."""
     check(q, k, v, visible)
     return read_states_triton(q, sum_visible(key_states_triton(k, v), visible))
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """Linear attention of all rows of a query frame to all rows of the key frames that it sees (Lite3R, section 3).
 
-    q: (B, H, T, X, D). k, v: (B, H, N, Y, D), strided views allowed, D a power of two, at least 16. visible: (B or 1, T, N)
-    bool. Returns (B, H, T, X, D) in q's type; a frame that sees nothing gets zeros. Differentiable. Raises ValueError on
-    shapes that do not fit.
+    q: (B, H, T, X, D). k, v: (B, H, N, Y, D), strided views allowed, D a power of two, at least 16. visible: of a table
+    (B or 1, T, N). Returns (B, H, T, X, D) in q's type; a frame that sees nothing gets zeros. Differentiable. Raises
+    ValueError on shapes that do not fit.
     """
     return (linear_attention_triton if on_kernels(q) else linear_attention_reference)(q, k, v, visible)

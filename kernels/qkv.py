@@ -167,6 +167,25 @@ if triton is not None:
         return tuple(x.transpose(0, 1) for x in (*fine.unbind(), *pooled.unbind()))
 
 
+class PrepareTokens(torch.autograd.Function):
+    """`prepare_tokens` by the kernel, differentiable: the backward pass computes the reference once more."""
+
+    @staticmethod
+    def forward(ctx, *arguments: Tensor | int) -> tuple[Tensor, ...]:
+        """See `prepare_tokens`."""
+        ctx.save_for_backward(*arguments[:-1])
+        ctx.specials = arguments[-1]
+        return prepare_tokens_triton(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of qkv and the two weights; the tables are constant."""
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors[:3]]
+        with torch.enable_grad():
+            out = prepare_tokens_reference(*inputs, *ctx.saved_tensors[3:], ctx.specials)
+        return *torch.autograd.grad(out, inputs, grads), *[None] * 5
+
+
 def prepare_tokens(
     qkv: Tensor,
     q_weight: Tensor,
@@ -184,5 +203,5 @@ def prepare_tokens(
     q, k, v (F, H, G, D) in qkv's type, each stored heads first so that frames and tokens flatten into one axis without a
     copy. Raises ValueError on shapes that do not fit.
     """
-    run = prepare_tokens_triton if on_kernels(qkv) else prepare_tokens_reference
+    run = PrepareTokens.apply if on_kernels(qkv) else prepare_tokens_reference
     return run(qkv, q_weight, k_weight, cos, sin, cos_pooled, sin_pooled, specials)

@@ -1,8 +1,9 @@
 """Selected fine attention with its gated sum (Speed3R, section 3): Triton kernels and their plain-torch reference.
 
-Three launches share the work. Special queries attend densely and patch queries attend to the special tokens of the frames
-that they see: both are `frames.frame_attention`. Then each block of 16 queries goes on, from the softmax state that it has
-by now, over the tokens of its chosen blocks; the epilogue adds the gated compressed output.
+Special queries attend densely, which is `frames.frame_attention`. The 16 queries of a patch block attend to the special
+tokens of the frames that they see and to the tokens of their chosen blocks; the epilogue adds the gated compressed output.
+Where the special tokens are many, a dense launch of their own passes its softmax state on; where they are few, each block
+of queries reads them along.
 
 16 queries per gathered key do 16 operations per byte, which the cache in front of the multiprocessors cannot feed at the
 rate of the tensor cores; `group` lets neighbouring blocks share a selection and thereby their keys. Each warp owns the 16
@@ -17,7 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed3r_ros.kernels.frames import LOG2E, alike, frame_attention_triton, on_kernels, tl, triton, wide
+from speed3r_ros.kernels.frames import (
+    LOG2E,
+    Visible,
+    alike,
+    frame_attention_backward,
+    frame_attention_triton,
+    multiprocessors,
+    on_kernels,
+    tl,
+    triton,
+    wide,
+)
 from speed3r_ros.kernels.gathered import on_gathered, selected_attention_gathered
 
 BLOCK = 16  # tokens of one 4 x 4 window of patches
@@ -25,10 +37,10 @@ WORKSPACE = 2**29  # bytes at most for softmax states between launches; more hea
 
 
 def check(
-    q: Tensor, k: Tensor, index: Tensor, compressed: Tensor, gate: Tensor, fine: Tensor, specials: int, group: int
+    q: Tensor, k: Tensor, index: Tensor, compressed: Tensor, gate: Tensor, fine: Visible, specials: int, group: int
 ) -> tuple[int, int, int, int]:
     """T, N, tokens L and blocks G per frame of the arguments of `selected_attention`; ValueError if they do not fit."""
-    (b, h, rows, d), (frames, resident) = q.shape, fine.shape[1:]
+    (b, h, rows, d), (frames, resident) = q.shape, fine.table.shape[1:]
     length = rows // frames
     blocks = (length - specials) // BLOCK
     expected = {
@@ -46,6 +58,38 @@ def check(
     return frames, resident, length, blocks
 
 
+class Beside:
+    """Work of the `with` block runs beside what follows it, on a second stream, until `join`; else in order.
+
+    A CUDA graph that captures it gets two branches.
+    """
+
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __init__(self, device: torch.device, wanted: bool) -> None:
+        self.device, self.wanted = device, wanted and device.type == "cuda"
+
+    def __enter__(self) -> None:
+        """Go to the second stream."""
+        if self.wanted:
+            self.main = torch.cuda.current_stream(self.device)
+            if self.device not in self.streams:
+                self.streams[self.device] = torch.cuda.Stream(self.device)
+            self.side = self.streams[self.device]
+            self.side.wait_stream(self.main)
+            torch.cuda.set_stream(self.side)
+
+    def __exit__(self, *_: object) -> None:
+        """Back to the first one."""
+        if self.wanted:
+            torch.cuda.set_stream(self.main)
+
+    def join(self) -> None:
+        """What follows waits for the work beside it."""
+        if self.wanted:
+            self.main.wait_stream(self.side)
+
+
 def selected_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -53,7 +97,7 @@ def selected_attention_reference(
     index: Tensor,
     compressed: Tensor,
     gate: Tensor,
-    fine: Tensor,
+    fine: Visible,
     specials: int,
     group: int = 1,
 ) -> Tensor:
@@ -64,10 +108,11 @@ def selected_attention_reference(
     chosen = chosen.scatter_(-1, index.long() % (resident * blocks + 1), True)[..., :-1]  # -1 falls into the last place
     chosen = chosen.view(b, h, frames, -1, 1, resident, blocks).expand(-1, -1, -1, -1, group, -1, -1)
     chosen = chosen.flatten(3, 4)[:, :, :, :blocks]
-    mask = fine[:, None, :, None, :, None].repeat(b // len(fine), h, 1, length, 1, length)
+    table = fine.table
+    mask = table[:, None, :, None, :, None].repeat(b // len(table), h, 1, length, 1, length)
     mask[:, :, :, specials:, :, specials:] &= chosen.repeat_interleave(BLOCK, 3).repeat_interleave(BLOCK, 5)
     mask = mask.flatten(4, 5).flatten(2, 3)
-    seen = fine.any(1).repeat_interleave(length, 1)[:, None, :, None]  # what nobody sees may hold anything, also NaN
+    seen = table.any(1).repeat_interleave(length, 1)[:, None, :, None]  # what nobody sees may hold anything, also NaN
     k, v = k.masked_fill(~seen, 0), v.masked_fill(~seen, 0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(~mask.any(-1, keepdim=True), 0)
     out, gate = out.unflatten(2, (frames, length)), gate.unflatten(2, (frames, length))[:, :, :, specials:]
@@ -79,14 +124,30 @@ def selected_attention_reference(
 if triton is not None:
 
     @triton.jit
+    def _attend(query, key, value, live, m, l, acc, scale):
+        """One step of the online softmax: maximum (in powers of two), sum and weighted sum of values go on."""
+        s = tl.dot(query, tl.trans(key), input_precision="ieee")
+        s = tl.where(live[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * scale - origin[:, None])
+        shrink = tl.exp2(m - origin)
+        l = l * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        return m_new, l, acc
+
+    @triton.jit
     def _selected(
         q,
         k,
         v,
         index,
+        fine,
         out,
         partial,
         partial_lse,
+        attended,
+        lse,
         compressed,
         gate,
         q_b,
@@ -100,6 +161,9 @@ if triton is not None:
         i_b,
         i_h,
         i_x,
+        f_b,
+        f_t,
+        f_n,
         o_b,
         o_h,
         o_t,
@@ -113,18 +177,27 @@ if triton is not None:
         g_t,
         g_x,
         g_c,
+        s_b,
+        s_h,
         H,
         T,
+        N,
         K,
         scale,
         G: tl.constexpr,
+        S: tl.constexpr,
         D: tl.constexpr,
         GROUP: tl.constexpr,
         STEP: tl.constexpr,
-        SPECIALS: tl.constexpr,
+        PASSED_ON: tl.constexpr,
+        SAVED: tl.constexpr,
         WIDE: tl.constexpr,
     ):
-        """The queries of GROUP neighbouring blocks against their chosen blocks, STEP at a time. v has the strides of k."""
+        """The queries of GROUP neighbouring blocks against special tokens and chosen blocks, 16 * STEP tokens at a time.
+
+        v has the strides of k. PASSED_ON: `partial` and `partial_lse` hold the attention to the S special tokens. SAVED:
+        keep the attention before the gate and the logarithm of its sum of exponentials, for the backward pass.
+        """
         GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
         t, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
         b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -135,11 +208,13 @@ if triton is not None:
         at = q + b * q_b + h * q_h + t64 * q_t
         query = tl.load(at + x[:, None] * q_x + d[None, :], mask=inside[:, None], other=0.0)
         index += b * i_b + h * i_h + tl.program_id(0).to(tl.int64) * i_x
+        fine += b * f_b + t64 * f_t
         k += b * k_b + h * k_h
         v += b * k_b + h * k_h
 
-        state = (tl.program_id(1).to(tl.int64) * T + t) * (G * 16) + x
-        if SPECIALS:  # the softmax goes on where the special tokens left it
+        j = tl.arange(0, STEP * 16)
+        if PASSED_ON:
+            state = (tl.program_id(1).to(tl.int64) * T + t) * (G * 16) + x
             m = tl.load(partial_lse + state, mask=inside, other=float("-inf")) * 1.4426950408889634
             l = tl.where(m == float("-inf"), 0.0, 1.0)
             acc = tl.load(partial + state[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
@@ -147,25 +222,29 @@ if triton is not None:
             m = tl.full([GROUP * 16], float("-inf"), tl.float32)
             l = tl.zeros([GROUP * 16], tl.float32)
             acc = tl.zeros([GROUP * 16, D], tl.float32)
-        j = tl.arange(0, STEP * 16)
+            if S > 0:
+                for start in range(0, N * S, STEP * 16):
+                    n = (start + j) // S
+                    live = tl.load(fine + n * f_n, mask=n < N, other=0) != 0
+                    row = (n.to(tl.int64) if WIDE else n) * k_n + (start + j) % S * k_y
+                    key = tl.load(k + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
+                    value = tl.load(v + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
+                    m, l, acc = _attend(query, key, value, live, m, l, acc, scale)
         for start in range(0, K, STEP):
             place = start + j // 16
             block = tl.load(index + place, mask=place < K, other=-1)
             live = block >= 0
             n = block // G
-            row = (n.to(tl.int64) if WIDE else n) * k_n + (block % G * 16 + j % 16) * k_y
+            row = (n.to(tl.int64) if WIDE else n) * k_n + (S + block % G * 16 + j % 16) * k_y
             key = tl.load(k + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
             value = tl.load(v + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
-            s = tl.dot(query, tl.trans(key), input_precision="ieee")
-            s = tl.where(live[None, :], s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s * scale - origin[:, None])
-            shrink = tl.exp2(m - origin)
-            l = l * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-            m = m_new
+            m, l, acc = _attend(query, key, value, live, m, l, acc, scale)
         acc = acc / tl.where(l == 0, 1.0, l)[:, None]
+        if SAVED:
+            state = b * s_b + h * s_h + t64 * (G * 16) + x
+            at = attended + state[:, None] * D
+            tl.store(at + d[None, :], acc.to(attended.dtype.element_ty), mask=inside[:, None])
+            tl.store(lse + state, (m + tl.log2(l)) * 0.6931471805599453, mask=inside)
 
         at = compressed + b * c_b + h * c_h + t64 * c_t
         coarse = tl.load(at + (x // 16)[:, None] * c_x + d[None, :], mask=inside[:, None], other=0.0)
@@ -176,73 +255,339 @@ if triton is not None:
         at = out + b * o_b + h * o_h + t64 * o_t
         tl.store(at + x[:, None] * o_x + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None])
 
+    @triton.jit
+    def _selected_backward_queries(
+        q,
+        k,
+        v,
+        index,
+        grad,
+        lse,
+        delta,
+        grad_q,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        H,
+        T,
+        N,
+        K,
+        scale,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        GROUP: tl.constexpr,
+        STEP: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradient of the queries of GROUP neighbouring blocks from their chosen blocks.
 
-def step_sizes(group: int, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks per step, warps and pipeline stages: one warp to a query block, more of them for float32."""
+        v has the strides of k; the rest is contiguous. lse is in powers of two, +inf where a row sees nothing; delta is
+        what every row's gradient of scores loses.
+        """
+        GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
+        t, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+        b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        x = group * GROUP * 16 + tl.arange(0, GROUP * 16)
+        inside = x < G * 16
+        d = tl.arange(0, D)
+        at = q + b * q_b + h * q_h + t * q_t + x[:, None] * q_x
+        query = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
+        state = (tl.program_id(1).to(tl.int64) * T + t) * (G * 16) + x
+        g = tl.load(grad + state[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        row_lse = tl.load(lse + state, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + state, mask=inside, other=0.0)
+        index += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K
+        k += b * k_b + h * k_h
+        v += b * k_b + h * k_h
+        j = tl.arange(0, STEP * 16)
+        acc = tl.zeros([GROUP * 16, D], tl.float32)
+        for start in range(0, K, STEP):
+            place = start + j // 16
+            block = tl.load(index + place, mask=place < K, other=-1)
+            live = block >= 0
+            n = block // G
+            row = (n.to(tl.int64) if WIDE else n) * k_n + (block % G * 16 + j % 16) * k_y
+            key = tl.load(k + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            value = tl.load(v + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            p = tl.exp2(tl.dot(query, tl.trans(key), input_precision="ieee") * scale - row_lse[:, None])
+            ds = p * (tl.dot(g, tl.trans(value), input_precision="ieee") - row_delta[:, None])
+            acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")  # keys that are not live are zeros
+        acc *= scale * 0.6931471805599453
+        tl.store(grad_q + state[:, None] * D + d[None, :], acc, mask=inside[:, None])
+
+    @triton.jit
+    def _selected_backward_keys(
+        q,
+        k,
+        v,
+        order,
+        starts,
+        grad,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        q_b,
+        q_h,
+        q_t,
+        q_x,
+        k_b,
+        k_h,
+        k_n,
+        k_y,
+        H,
+        T,
+        N,
+        K,
+        scale,
+        G: tl.constexpr,
+        D: tl.constexpr,
+        GROUP: tl.constexpr,
+        STEP: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradients of the keys and values of one block, along the list of the entries of the index that chose it.
+
+        See `_selected_backward_queries`. order: entries sorted by block; starts: where each block's begin.
+        """
+        GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
+        ROWS: tl.constexpr = GROUP * 16
+        block = tl.program_id(0)
+        b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        y = tl.arange(0, 16)
+        d = tl.arange(0, D)
+        row = b * k_b + h * k_h + (block // G).to(tl.int64) * k_n + (block % G * 16 + y) * k_y
+        order += tl.program_id(1).to(tl.int64) * (T * GROUPS * K)
+        starts += tl.program_id(1).to(tl.int64) * (N * G + 1) + block
+        begin, end = tl.load(starts), tl.load(starts + 1)
+        chosen = (y < 16 * (end - begin))[:, None]  # all or none: what nobody chose may hold anything, also NaN
+        key = tl.load(k + row[:, None] + d[None, :], mask=chosen, other=0.0)
+        value = tl.load(v + row[:, None] + d[None, :], mask=chosen, other=0.0)
+        q += b * q_b + h * q_h
+        state = tl.program_id(1).to(tl.int64) * T * (G * 16)
+        j = tl.arange(0, STEP * ROWS)
+        acc_k = tl.zeros([16, D], tl.float32)
+        acc_v = tl.zeros([16, D], tl.float32)
+        for start in range(begin, end, STEP):
+            place = start + j // ROWS
+            entry = tl.load(order + place, mask=place < end, other=0).to(tl.int32)
+            t, x = entry // K // GROUPS, entry // K % GROUPS * ROWS + j % ROWS
+            live = (place < end) & (x < G * 16)
+            at = (t.to(tl.int64) if WIDE else t) * q_t + x * q_x
+            query = tl.load(q + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
+            at = state + t * (G * 16) + x
+            g = tl.load(grad + at[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
+            row_lse = tl.load(lse + at, mask=live, other=float("inf"))
+            row_delta = tl.load(delta + at, mask=live, other=0.0)
+            p = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * scale - row_lse[None, :])
+            ds = p * (tl.dot(value, tl.trans(g), input_precision="ieee") - row_delta[None, :])
+            acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision="ieee")
+            acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision="ieee")
+        acc_k *= scale * 0.6931471805599453
+        place = (tl.program_id(1).to(tl.int64) * (N * G) + block) * 16 + y
+        tl.store(grad_k + place[:, None] * D + d[None, :], acc_k)
+        tl.store(grad_v + place[:, None] * D + d[None, :], acc_v)
+
+
+def step_sizes(group: int, programs: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Blocks per step, warps (one to a query block, more of them for float32) and pipeline stages; from an H200."""
     if dtype == torch.float32:
         return {"STEP": 2, "num_warps": 2 * group, "num_stages": 2}
-    return {"STEP": 4, "num_warps": group, "num_stages": 3}
+    step, stages = {1: (2, 3), 2: (4, 2)}.get(group, (8, 2))
+    if group == 1 and programs <= 2 * multiprocessors(device):  # what counts is how long one program takes
+        step = 4
+    return {"STEP": step, "num_warps": group, "num_stages": stages}
 
 
-def selected_attention_triton(
+def selected_attention_triton(*args, **kwargs) -> Tensor:
+    """The kernels; arguments and results of `selected_attention`, and those of `attend_to_selected`."""
+    return attend_to_selected(*args, **kwargs)[0]
+
+
+def attend_to_selected(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     index: Tensor,
     compressed: Tensor,
     gate: Tensor,
-    fine: Tensor,
+    fine: Visible,
     specials: int,
     group: int = 1,
     sizes: dict[str, int] | None = None,
-) -> Tensor:
-    """The kernels; arguments and results of `selected_attention`. sizes: see `step_sizes`. group: a power of two."""
+    passed_on: bool | None = None,
+    save: bool = False,
+) -> tuple[Tensor, ...]:
+    """The output of `selected_attention`, and with `save` what the backward pass needs.
+
+    That is the patches' attention before the gate (B, H, T, 16 G, D), and the logarithms of the sums of exponentials of
+    patches (B, H, T, 16 G) and special queries (B, H, T, S). group: a power of two. sizes: see `step_sizes`. passed_on:
+    whether patches attend to special tokens in a launch of its own, by default if that is more than to their chosen blocks.
+    """
     frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group)
     b, h, _, d = q.shape
     q, gate = q.unflatten(2, (frames, length)), gate.unflatten(2, (frames, length))
     k, v = alike(k.unflatten(2, (resident, length)), v.unflatten(2, (resident, length)))
     compressed = compressed.unflatten(2, (frames, blocks))
     out = torch.empty(b, frames, length, h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
+    beside = Beside(q.device, frames == 1)  # one frame's queries leave most of the device idle
+    special_lse = torch.empty(b, h, frames, 0, device=q.device)
     if specials:
-        frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=out[:, :, :, :specials])
+        with beside:
+            special_lse = frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=out[:, :, :, :specials])[1]
     q, gate, patches = q[:, :, :, specials:], gate[:, :, :, specials:], out[:, :, :, specials:]
-    turn = max(1, WORKSPACE // (4 * b * frames * blocks * BLOCK * d)) if specials else h
+    if passed_on is None:
+        passed_on = resident * specials > index.shape[-1] * BLOCK
+    passed_on = passed_on and specials > 0
+    attended, attended_lse = out, special_lse  # not written unless saved
+    if save:
+        attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        attended_lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
+    turn = max(1, WORKSPACE // (4 * b * frames * blocks * BLOCK * d)) if passed_on else h
     for first in range(0, h, turn):
         heads = slice(first, first + turn)
         qs, ks, vs, cs, gs, os = (x[:, heads] for x in (q, k, v, compressed, gate, patches))
-        lse = partial = out  # not read if there are no special tokens
-        if specials:
+        lse = partial = out  # not read unless passed on
+        if passed_on:
             partial = torch.empty(qs.shape, dtype=torch.float32, device=q.device)
             lse = frame_attention_triton(qs, ks[:, :, :, :specials], vs[:, :, :, :specials], fine, out=partial)[1]
-        ks, vs = ks[:, :, :, specials:], vs[:, :, :, specials:]
-        _selected[(frames * triton.cdiv(blocks, group), b * qs.shape[1])](
+        grid = (frames * triton.cdiv(blocks, group), b * qs.shape[1])
+        _selected[grid](
             qs,
             ks,
             vs,
             index[:, heads],
+            fine.table.view(torch.uint8),
             os,
             partial,
             lse,
+            attended[:, heads],
+            attended_lse[:, heads],
             cs,
             gs,
             *qs.stride()[:4],
             *ks.stride()[:4],
             *index.stride()[:3],
+            *fine.table.expand(b, -1, -1).stride(),
             *os.stride()[:4],
             *cs.stride()[:4],
             *gs.stride(),
+            *attended_lse.stride()[:2],
             qs.shape[1],
             frames,
+            resident,
             index.shape[-1],
             d**-0.5 * LOG2E,
             G=blocks,
+            S=specials,
             D=d,
             GROUP=group,
-            SPECIALS=specials > 0,
+            PASSED_ON=passed_on,
+            SAVED=save,
             WIDE=wide(ks),
-            **(sizes or step_sizes(group, q.dtype)),
+            **(sizes or step_sizes(group, grid[0] * grid[1], q.dtype, q.device)),
         )
-    return out.flatten(2, 3)
+    beside.join()
+    return out.flatten(2, 3), attended, attended_lse, special_lse
+
+
+def chosen_backward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of patch tokens from the attention to chosen blocks, float32 and contiguous.
+
+    q: (B, H, T, 16 G, D); k, v: (B, H, N, 16 G, D); grad like q; lse, delta: (B, H, T, 16 G). The keys' gradients follow
+    the inverted index, made by a stable sort: no atomics, the same in every run.
+    """
+    (b, h, t, patches, d), n, keep = q.shape, k.shape[2], index.shape[-1]
+    k, v = alike(k, v)
+    blocks = patches // BLOCK
+    index, grad, delta = index.contiguous(), grad.contiguous(), delta.contiguous()
+    exponent = (lse * LOG2E).masked_fill(lse == -torch.inf, torch.inf)
+    place = index.flatten(2).masked_fill(index.flatten(2) < 0, n * blocks)
+    place, order = place.sort(dim=-1, stable=True)
+    first = torch.arange(n * blocks + 1, dtype=torch.int32, device=q.device).expand(b, h, -1).contiguous()
+    starts = torch.searchsorted(place, first, out_int32=True)
+    grads = [torch.empty(z.shape, dtype=torch.float32, device=z.device) for z in (q, k, v)]
+    shared = *q.stride()[:4], *k.stride()[:4], h, t, n, keep, d**-0.5 * LOG2E
+    constants = {"G": blocks, "D": d, "GROUP": group, "WIDE": wide(k) or wide(q)}
+    low = q.dtype != torch.float32
+    steps = {"STEP": 4 if low else 2, "num_warps": group if low else 2 * group, "num_stages": 2}
+    _selected_backward_queries[(index.shape[2], b * h)](
+        q, k, v, index, grad, exponent, delta, grads[0], *shared, **constants, **steps
+    )
+    steps = {"STEP": max(1, 2 // group), "num_warps": 1 if low and group <= 2 else 2, "num_stages": 2}
+    _selected_backward_keys[(n * blocks, b * h)](
+        q, k, v, order, starts, grad, exponent, delta, *grads[1:], *shared, **constants, **steps
+    )
+    return tuple(grads)
+
+
+class SelectedAttention(torch.autograd.Function):
+    """`selected_attention` by the kernels, differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        compressed: Tensor,
+        gate: Tensor,
+        fine: Visible,
+        specials: int,
+        group: int,
+    ) -> Tensor:
+        """See `selected_attention`."""
+        save = any(ctx.needs_input_grad)
+        out, *saved = attend_to_selected(q, k, v, index, compressed, gate, fine, specials, group, save=save)
+        if save:
+            ctx.save_for_backward(q, k, v, index, compressed, gate, out, *saved)
+            ctx.fine, ctx.specials, ctx.group = fine, specials, group
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, compressed and gate."""
+        q, k, v, index, compressed, gate, out, attended, lse, special_lse = ctx.saved_tensors
+        specials, (frames, resident) = ctx.specials, ctx.fine.table.shape[1:]
+        q, gate, out, grad = (x.unflatten(2, (frames, -1)) for x in (q, gate, out, grad))
+        k, v = (x.unflatten(2, (resident, -1)) for x in (k, v))
+        coarse = compressed.unflatten(2, (frames, -1))
+
+        gates, of_patches = gate[:, :, :, specials:].float(), grad[:, :, :, specials:].float()
+        grad_gate = torch.zeros_like(gate)
+        grad_gate[:, :, :, specials:, 0] = (of_patches * coarse.float().repeat_interleave(BLOCK, 3)).sum(-1)
+        grad_gate[:, :, :, specials:, 1] = (of_patches * attended.float()).sum(-1)
+        grad_coarse = (gates[..., :1] * of_patches).unflatten(3, (-1, BLOCK)).sum(4).to(coarse.dtype)
+        of_attended = (gates[..., 1:] * of_patches).to(q.dtype)
+        delta = (of_attended.float() * attended.float()).sum(-1)
+
+        grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
+        patches = [x[:, :, :, specials:] for x in (q, k, v)]
+        parts = chosen_backward(*patches, index, of_attended, lse, delta, ctx.group)
+        for total, part in zip(grads, parts):
+            total[:, :, :, specials:] += part
+        if specials:
+            k_special, v_special = (x[:, :, :, :specials] for x in (k, v))
+            parts = frame_attention_backward(patches[0], k_special, v_special, ctx.fine, of_attended, lse, delta)
+            grads[0][:, :, :, specials:] += parts[0]
+            grads[1][:, :, :, :specials] += parts[1]
+            grads[2][:, :, :, :specials] += parts[2]
+            q_special, out, grad = (x[:, :, :, :specials] for x in (q, out, grad))
+            delta = (out.float() * grad.float()).sum(-1)
+            parts = frame_attention_backward(q_special, k, v, ctx.fine, grad, special_lse, delta)
+            grads[0][:, :, :, :specials] += parts[0]
+            grads[1] += parts[1]
+            grads[2] += parts[2]
+        results = [total.to(x.dtype).flatten(2, 3) for total, x in zip(grads, (q, k, v))]
+        return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), None, None, None
 
 
 def selected_attention(
@@ -252,7 +597,7 @@ def selected_attention(
     index: Tensor,
     compressed: Tensor,
     gate: Tensor,
-    fine: Tensor,
+    fine: Visible,
     specials: int,
     group: int = 1,
 ) -> Tensor:
@@ -260,13 +605,16 @@ def selected_attention(
 
     q: (B, H, T * L, D). k, v: (B, H, N * L, D), strided views allowed. index: (B, H, T * ceil(G / group), K) int32 from
     `coarse.coarse_attention`: distinct key blocks of visible frames, -1 for none. compressed: (B, H, T * G, D). gate:
-    (B, H, T * L, 2), after the sigmoid. fine: (B or 1, T, N) bool. The 16 queries of a block attend to the tokens of its
+    (B, H, T * L, 2), after the sigmoid. fine: of a table (B or 1, T, N). The 16 queries of a block attend to the tokens of its
     chosen blocks and to the first `specials` tokens of every frame that they see; their output is
     gate[..., 0] * compressed + gate[..., 1] * attended. Special queries attend to all tokens of those frames, ungated.
     Returns (B, H, T * L, D), stored so that `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
     """
     if on_kernels(q):
-        run = selected_attention_triton
+        run = SelectedAttention.apply
+    elif on_gathered(q, fine):
+        check(q, k, index, compressed, gate, fine, specials, group)
+        run = selected_attention_gathered
     else:
-        run = selected_attention_gathered if on_gathered(q, fine) else selected_attention_reference
+        run = selected_attention_reference
     return run(q, k, v, index, compressed, gate, fine, specials, group)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speed3r_ros.kernels.coarse import coarse_attention
-from speed3r_ros.kernels.frames import frame_attention, on_kernels
+from speed3r_ros.kernels.frames import Visible, frame_attention, on_kernels
 from speed3r_ros.kernels.selected import selected_attention
 
 
@@ -35,24 +35,24 @@ class Tokens:
     gate: Tensor | None = None
 
 
-def dense(q: Tokens, k: Tokens, v: Tokens, fine: Tensor, coarse: Tensor, specials: int, top_k: int) -> Tensor:
+def dense(q: Tokens, k: Tokens, v: Tokens, fine: Visible, coarse: Visible, specials: int, top_k: int) -> Tensor:
     """Softmax attention of every token of a query frame to every token of the frames it may see.
 
-    q.fine: (B, H, T * L, D). k.fine, v.fine: (B, H, N * L, D). fine: (B or 1, T, N) bool. `coarse`, the pooled tokens
+    q.fine: (B, H, T * L, D). k.fine, v.fine: (B, H, N * L, D). fine: of a table (B or 1, T, N). `coarse`, the pooled tokens
     and `top_k` are not used. Returns (B, H, T * L, D).
     """
-    length = q.fine.shape[2] // fine.shape[1]
+    length = q.fine.shape[2] // fine.table.shape[1]
     if on_kernels(q.fine):
         return frame_attention(*(x.fine.unflatten(2, (-1, length)) for x in (q, k, v)), fine)[0].flatten(2, 3)
-    mask = fine.repeat_interleave(length, 1).repeat_interleave(length, 2).unsqueeze(1)
+    mask = fine.table.repeat_interleave(length, 1).repeat_interleave(length, 2).unsqueeze(1)
     return F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=mask)
 
 
-def speed3r(q: Tokens, k: Tokens, v: Tokens, fine: Tensor, coarse: Tensor, specials: int, top_k: int) -> Tensor:
+def speed3r(q: Tokens, k: Tokens, v: Tokens, fine: Visible, coarse: Visible, specials: int, top_k: int) -> Tensor:
     """Global sparse attention (Speed3R, section 3; the gates as in its released code).
 
-    Pooled queries attend to all pooled tokens they may see (`coarse`: (B or 1, T, M) bool), which gives the compression
-    output and, per head and query block, the top_k key blocks among the resident frames (`fine`: (B or 1, T, N) bool).
+    Pooled queries attend to all pooled tokens they may see (`coarse`: of a table (B or 1, T, M)), which gives the compression
+    output and, per head and query block, the top_k key blocks among the resident frames (`fine`: of a table (B or 1, T, N)).
     The 16 queries of a block then attend to the tokens of those blocks and to the special tokens of every resident
     frame. Special queries attend densely. Two independent sigmoid gates add both. Returns (B, H, T * L, D).
     """

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK
 from speed3r_ros.model.attention import Tokens, dense, speed3r
 
@@ -72,11 +73,11 @@ def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials):
 def test_speed3r_is_its_definition(blocks, frames, resident, banked, top_k, specials):
     seed = int(torch.randint(2**31, ()))
     q, k, v, fine, coarse, length = random_case(blocks, frames, resident, banked, seed, specials)
-    out = speed3r(q, k, v, fine, coarse, specials, top_k)[0].numpy()
+    out = speed3r(q, k, v, Visible(fine), Visible(coarse), specials, top_k)[0].numpy()
     expected = speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials)
     np.testing.assert_allclose(out, expected, rtol=1e-9, atol=1e-9, err_msg=f"seed {seed}")
     q.fine.requires_grad_()  # one frame that is not to be differentiated takes another way
-    masked = speed3r(q, k, v, fine, coarse, specials, top_k)[0].detach().numpy()
+    masked = speed3r(q, k, v, Visible(fine), Visible(coarse), specials, top_k)[0].detach().numpy()
     np.testing.assert_allclose(masked, expected, rtol=1e-9, atol=1e-9, err_msg=f"seed {seed}")
 
 
@@ -85,17 +86,17 @@ def test_selection_of_all_blocks_is_dense_attention():
     q, k, v, fine, coarse, length = random_case(3, 2, 4, 2, seed)
     only_selection = torch.zeros_like(q.gate)
     only_selection[..., 1] = 1
-    sparse = speed3r(Tokens(q.fine, q.pooled, only_selection), k, v, fine, coarse, SPECIALS, top_k=12)
-    torch.testing.assert_close(sparse, dense(q, k, v, fine, coarse, SPECIALS, 12), msg=f"seed {seed}")
+    sparse = speed3r(Tokens(q.fine, q.pooled, only_selection), k, v, Visible(fine), Visible(coarse), SPECIALS, top_k=12)
+    torch.testing.assert_close(sparse, dense(q, k, v, Visible(fine), Visible(coarse), SPECIALS, 12), msg=f"seed {seed}")
 
 
 def test_invisible_frames_have_no_influence():
     q, k, v, fine, coarse, length = random_case(2, 1, 4, 2, int(torch.randint(2**31, ())))
     for strategy in (dense, speed3r):
-        before = strategy(q, k, v, fine, coarse, SPECIALS, 3)
+        before = strategy(q, k, v, Visible(fine), Visible(coarse), SPECIALS, 3)
         hidden_fine = ~fine[0, 0].repeat_interleave(length)
         hidden_coarse = ~coarse[0, 0].repeat_interleave(2)
         for x in (k, v):
             x.fine[:, :, hidden_fine] = 1e6
             x.pooled[:, :, hidden_coarse] = -1e6
-        torch.testing.assert_close(strategy(q, k, v, fine, coarse, SPECIALS, 3), before)
+        torch.testing.assert_close(strategy(q, k, v, Visible(fine), Visible(coarse), SPECIALS, 3), before)

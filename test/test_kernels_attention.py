@@ -12,9 +12,8 @@ from speed3r_ros.kernels import coarse as coarse_module
 from speed3r_ros.kernels import frames as frames_module
 from speed3r_ros.kernels import selected as selected_module
 from speed3r_ros.kernels.coarse import coarse_attention, coarse_attention_reference
-from speed3r_ros.kernels.frames import frame_attention, frame_attention_reference
+from speed3r_ros.kernels.frames import Visible, frame_attention, frame_attention_reference
 from speed3r_ros.kernels.selected import selected_attention, selected_attention_reference
-from speed3r_ros.model.attention import Tokens, speed3r
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -65,10 +64,11 @@ def frames_case(b, t, x, n, y, d, dtype=torch.float32, heads=2):
     for i in range(b):
         k[i, :, unseen[i]] = torch.nan
         v[i, :, unseen[i]] = torch.inf
-    return q, k, v, visible
+    return q, k, v, Visible(visible)
 
 
 def frames_by_rows(q, k, v, visible):
+    visible = visible.table
     (b, h, t, x, d), y = q.shape, k.shape[3]
     q, k, v = (z.double().cpu().flatten(2, 3) for z in (q, k, v))
     mask = visible.cpu().repeat_interleave(x, 1).repeat_interleave(y, 2)
@@ -81,7 +81,7 @@ def test_frames_reference_is_its_definition(b, t, x, n, y):
     q, k, v, visible = frames_case(b, t, x, n, y, 16)
     out, lse = frame_attention_reference(q.double(), k.double(), v.double(), visible)
     assert error(out, frames_by_rows(q, k, v, visible)) < 1e-12
-    blind = ~visible.any(2)[:, None, :, None].expand_as(lse)
+    blind = ~visible.table.any(2)[:, None, :, None].expand_as(lse)
     assert torch.equal(lse == -torch.inf, blind)
 
 
@@ -107,6 +107,30 @@ def test_frames_kernel_is_its_definition(b, t, x, n, y, d, splits, dtype):
     assert (lse - expected)[finite].abs().max() < 10 * TOLERANCE[dtype] if finite.any() else True
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    "b, t, x, n, y, d, dtype",
+    [
+        (1, 3, 5, 4, 7, 16, torch.float32),
+        (2, 2, 3, 5, 9, 32, torch.float32),
+        (1, 2, 40, 3, 33, 16, torch.float32),
+        (2, 3, 13, 4, 21, 32, torch.float16),
+    ],
+)
+def test_frames_gradient_is_the_references(b, t, x, n, y, d, dtype):
+    *tokens, visible = frames_case(b, t, x, n, y, d, dtype)
+    weight, weight_lse = torch.randn(b, 2, t, x, d, device=DEVICE), torch.randn(b, 2, t, x, device=DEVICE)
+    grads = []
+    clean = [z.nan_to_num(0, 0, 0).double() for z in tokens]
+    for run, drawn in ((frames_module.FrameAttention.apply, tokens), (frame_attention_reference, clean)):
+        inputs = [z.detach().requires_grad_() for z in drawn]
+        out, lse = run(*inputs, visible)
+        loss = (out.double() * weight).sum() + (lse.double().masked_fill(lse == -torch.inf, 0) * weight_lse).sum()
+        grads.append(torch.autograd.grad(loss, inputs))
+    for out, expected in zip(*grads):
+        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
+
+
 # -------------------------------------------------------------------------------------------------------------- coarse
 
 
@@ -125,11 +149,12 @@ def coarse_case(b, t, n, m, g, d, dtype=torch.float32, heads=2):
     for i in range(b):
         k[i, :, hidden[i]] = torch.nan
         v[i, :, hidden[i]] = torch.nan
-    return q, k, v, coarse, fine
+    return q, k, v, Visible(coarse), Visible(fine)
 
 
 def coarse_by_rows(q, k, v, coarse, fine, top_k, group):
     """Attention, and the choice as sorted lists, best first by explicit comparison of (score, number)."""
+    coarse, fine = coarse.table, fine.table
     b, h, rows, d = q.shape
     t, n = fine.shape[1:]
     g = rows // t
@@ -155,22 +180,25 @@ COARSE = [
     (1, 1, 3, 3, 18, 32, 33, 4, torch.float32),
     (1, 1, 1, 1, 17, 16, 5, 2, torch.float32),
     (1, 1, 4, 9, 3, 64, 3, 1, torch.float16),
+    (1, 2, 9, 9, 5, 16, 2, 1, torch.float32),  # fewer blocks than frames
 ]
 
 
 @pytest.mark.parametrize("b, t, n, m, g, d, top_k, group, dtype", COARSE)
 def test_coarse_reference_is_its_definition(b, t, n, m, g, d, top_k, group, dtype):
-    case = [z.double() if z.is_floating_point() else z for z in coarse_case(b, t, n, m, g, d)]
+    q, k, v, coarse, fine = coarse_case(b, t, n, m, g, d)
+    case = q.double(), k.double(), v.double(), coarse, fine
     out, index = coarse_attention_reference(*case, top_k, group)
     expected, best = coarse_by_rows(*case, top_k, group)
     assert error(out, expected) < 1e-6 and torch.equal(index.cpu(), best)
 
 
 @needs_kernels
+@pytest.mark.parametrize("tile", [1, 4, 16])
 @pytest.mark.parametrize("b, t, n, m, g, d, top_k, group, dtype", COARSE)
-def test_coarse_kernel_is_its_definition(b, t, n, m, g, d, top_k, group, dtype):
+def test_coarse_kernel_is_its_definition(b, t, n, m, g, d, top_k, group, dtype, tile):
     case = coarse_case(b, t, n, m, g, d, dtype)
-    out, index = coarse_module.coarse_attention_triton(*case, top_k, group)
+    out, index = coarse_module.coarse_attention_triton(*case, top_k, group, tile)
     expected, best = coarse_by_rows(*case, top_k, group)
     assert error(out, expected) < TOLERANCE[dtype]
     if group == 1 or dtype == torch.float32:  # a mean of queries is rounded to their type
@@ -178,14 +206,30 @@ def test_coarse_kernel_is_its_definition(b, t, n, m, g, d, top_k, group, dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize("top_k", [3, 11])
-def test_of_equal_scores_the_lower_number_wins(top_k):
-    q, k, v, coarse, fine = coarse_case(1, 1, 3, 3, 6, 16)
+@pytest.mark.parametrize("group, dtype", [(1, torch.float32), (2, torch.float16)])
+def test_coarse_gradient_is_the_references(group, dtype):
+    *tokens, coarse, fine = coarse_case(2, 2, 3, 5, 5, 16, dtype)
+    weight = torch.randn(tokens[0].shape, device=DEVICE)
+    clean = [z.nan_to_num(0, 0, 0).double() for z in tokens]
+    grads = []
+    for run, drawn in ((coarse_module.CoarseAttention.apply, tokens), (coarse_attention_reference, clean)):
+        inputs = [z.detach().requires_grad_() for z in drawn]
+        out, index = run(*inputs, coarse, fine, 2, group)
+        assert not index.requires_grad
+        grads.append(torch.autograd.grad((out.double() * weight).sum(), inputs))
+    for out, expected in zip(*grads):
+        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("top_k, tile, frames", [(3, 1, 3), (11, 1, 3), (3, 2, 3), (11, 2, 3), (2, 2, 5)])
+def test_of_equal_scores_the_lower_number_wins(top_k, tile, frames):
+    q, k, v, coarse, fine = coarse_case(1, 1, frames, frames, 6, 16)
     q.copy_(torch.randint(-3, 4, q.shape))  # small integers: sums are exact, and many are equal
     k.copy_(torch.randint(-1, 2, k.shape)[:, :, torch.randint(3, k.shape[2:3])])
     expected = coarse_by_rows(q, k, v.nan_to_num(), coarse, fine, top_k, 1)[1]
     assert torch.equal(
-        coarse_module.coarse_attention_triton(q, k, v.nan_to_num(), coarse, fine, top_k)[1].cpu(), expected
+        coarse_module.coarse_attention_triton(q, k, v.nan_to_num(), coarse, fine, top_k, 1, tile)[1].cpu(), expected
     )
     assert torch.equal(coarse_attention_reference(q, k, v, coarse, fine, top_k)[1].cpu(), expected)
 
@@ -211,10 +255,11 @@ def selected_case(b, t, n, g, s, d, top_k, group, dtype=torch.float32, heads=2):
                 seen = fine[i, row // -(-g // group)].repeat_interleave(g).nonzero().flatten()
                 best = seen[torch.randperm(len(seen), device=DEVICE)][: index.shape[-1]].sort().values
                 index[i, j, row, : len(best)] = best
-    return q, k, v, index, compressed, gate, fine, s, group
+    return q, k, v, index, compressed, gate, Visible(fine), s, group
 
 
 def selected_by_rows(q, k, v, index, compressed, gate, fine, s, group):
+    fine = fine.table
     (b, h, rows, d), (t, n) = q.shape, fine.shape[1:]
     length = rows // t
     g = (length - s) // 16
@@ -257,36 +302,42 @@ def test_selected_reference_is_its_definition(b, t, n, g, s, d, top_k, group, dt
 
 
 @needs_kernels
+@pytest.mark.parametrize("passed_on", [False, True])
 @pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
-def test_selected_kernel_is_its_definition(b, t, n, g, s, d, top_k, group, dtype):
+def test_selected_kernel_is_its_definition(b, t, n, g, s, d, top_k, group, dtype, passed_on):
     case = selected_case(b, t, n, g, s, d, top_k, group, dtype)
-    out = selected_module.selected_attention_triton(*case)
+    out = selected_module.selected_attention_triton(*case, passed_on=passed_on)
     assert error(out, selected_by_rows(*case)) < TOLERANCE[dtype]
     assert out.transpose(1, 2).is_contiguous()
+
+
+@needs_kernels
+@pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
+def test_selected_gradient_is_the_references(b, t, n, g, s, d, top_k, group, dtype):
+    q, k, v, index, compressed, gate, *rest = selected_case(b, t, n, g, s, d, top_k, group, dtype)
+    tokens = [q, k, v, compressed, gate]
+    weight = torch.randn(q.shape, device=DEVICE)
+    clean = [z.nan_to_num(0, 0, 0).double() for z in tokens]
+    grads = []
+    for run, drawn in ((selected_module.SelectedAttention.apply, tokens), (selected_attention_reference, clean)):
+        inputs = [z.detach().requires_grad_() for z in drawn]
+        out = run(*inputs[:3], index, *inputs[3:], *rest)
+        grads.append(torch.autograd.grad((out.double() * weight).sum(), inputs))
+    for out, expected in zip(*grads):
+        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
 
 
 # --------------------------------------------------------------------------------------------------------------- whole
 
 
-@pytest.mark.parametrize("frames, resident, banked, blocks, top_k", [(3, 3, 0, 4, 3), (1, 4, 3, 2, 5), (2, 2, 1, 1, 9)])
-def test_both_make_the_strategy(frames, resident, banked, blocks, top_k):
-    heads, width, specials = 2, 16, 3
-    length = specials + 16 * blocks
-    normal = lambda *shape: torch.randn(1, heads, *shape, width, dtype=torch.float64)  # noqa: E731
-    fine, coarse = (z.cpu() for z in tables(1, frames, resident, resident + banked))
-    q = Tokens(normal(frames * length), normal(frames * blocks), torch.rand(1, heads, frames * length, 2).double())
-    k, v = (Tokens(normal(resident * length), normal((resident + banked) * blocks)) for _ in range(2))
-    compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
-    out = selected_attention(q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials)
-    torch.testing.assert_close(out, speed3r(q, k, v, fine, coarse, specials, top_k))
-
-
 def test_wrong_shapes_are_named():
     q, k = torch.randn(1, 2, 3, 5, 16), torch.randn(1, 2, 4, 5, 16)
+    with pytest.raises(ValueError, match="three axes"):
+        Visible(torch.ones(3, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="visible"):
-        frame_attention(q, k, k, torch.ones(1, 3, 5, dtype=torch.bool))
+        frame_attention(q, k, k, Visible(torch.ones(1, 3, 5, dtype=torch.bool)))
     with pytest.raises(ValueError, match="fit"):
-        frame_attention(q, k, k[..., :8], torch.ones(1, 3, 4, dtype=torch.bool))
+        frame_attention(q, k, k[..., :8], Visible(torch.ones(1, 3, 4, dtype=torch.bool)))
     case = selected_case(1, 1, 2, 2, 1, 16, 2, 1)
     with pytest.raises(ValueError, match="gate"):
         selected_attention(*case[:5], case[5][:, :1], *case[6:])

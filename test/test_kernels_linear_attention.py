@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speed3r_ros.kernels import linear_attention as module
-from speed3r_ros.kernels.frames import triton
+from speed3r_ros.kernels.frames import Visible, triton
 from speed3r_ros.kernels.linear_attention import (
     key_states,
     key_states_reference,
@@ -87,7 +87,7 @@ SHAPES = [
 def test_reference_is_its_definition(b, t, x, n, y, d, dtype):
     q, k, v, visible = case(b, t, x, n, y, d)
     assert error(
-        linear_attention_reference(q.double(), k.double(), v.double(), visible), by_loops(q, k, v, visible)
+        linear_attention_reference(q.double(), k.double(), v.double(), Visible(visible)), by_loops(q, k, v, visible)
     ) < (1e-12)
 
 
@@ -97,7 +97,7 @@ def test_kernel_is_its_definition(b, t, x, n, y, d, dtype):
     q, k, v, visible = case(b, t, x, n, y, d, dtype)
     for i in range(b):
         k[i, :, ~visible[i].any(0)] = torch.nan
-    out = module.linear_attention_triton(q, k, v, visible)
+    out = module.linear_attention_triton(q, k, v, Visible(visible))
     assert error(out, by_loops(q, k, v, visible)) < TOLERANCE[dtype]
     assert out.permute(0, 2, 3, 1, 4).is_contiguous()
 
@@ -111,7 +111,10 @@ def test_backward_is_autograd_through_the_reference(b, t, x, n, y, d, dtype, chu
     *inputs, visible = case(b, t, x, n, y, d, dtype)
     inputs = [z.detach().requires_grad_() for z in inputs]
     doubles = [z.detach().double().requires_grad_() for z in inputs]
-    out, expected = module.linear_attention_triton(*inputs, visible), linear_attention_reference(*doubles, visible)
+    out, expected = (
+        module.linear_attention_triton(*inputs, Visible(visible)),
+        linear_attention_reference(*doubles, Visible(visible)),
+    )
     assert error(out.detach(), expected.detach()) < TOLERANCE[dtype]
     gradient = torch.randn(out.shape, device=DEVICE)
     out.backward(gradient.to(dtype))
@@ -125,23 +128,25 @@ def test_backward_is_autograd_through_the_reference(b, t, x, n, y, d, dtype, chu
 def test_gradients_without_strides():
     q, k, v, visible = case(1, 2, 5, 2, 3, 16)
     q = q.detach().requires_grad_()
-    module.linear_attention_triton(q, k, v, visible).sum().backward()  # the incoming gradient is an expanded scalar
+    module.linear_attention_triton(
+        q, k, v, Visible(visible)
+    ).sum().backward()  # the incoming gradient is an expanded scalar
     again = q.detach().clone().requires_grad_()
-    linear_attention_reference(again, k, v, visible).sum().backward()
+    linear_attention_reference(again, k, v, Visible(visible)).sum().backward()
     torch.testing.assert_close(q.grad, again.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_derivatives_of_the_reference():
     q, k, v = (torch.randn(1, 1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     visible = torch.tensor([[[True, False], [True, True]]])
-    torch.autograd.gradcheck(lambda *z: linear_attention_reference(*z, visible), (q, k, v))
+    torch.autograd.gradcheck(lambda *z: linear_attention_reference(*z, Visible(visible)), (q, k, v))
 
 
 def test_a_running_sum_is_causal_attention():
     """The stream adds one state per frame, and takes off what leaves its window."""
     q, k, v = (torch.randn(1, 2, 6, 5, 16, dtype=torch.float64) for _ in range(3))
     age = torch.arange(6)[:, None] - torch.arange(6)
-    whole = linear_attention(q, k, v, ((age >= 0) & (age < 3))[None])
+    whole = linear_attention(q, k, v, Visible(((age >= 0) & (age < 3))[None]))
     states, running = key_states(k, v), 0
     for t in range(6):
         running = running + states[:, :, t : t + 1]
@@ -152,8 +157,8 @@ def test_a_running_sum_is_causal_attention():
 
 def test_offline_all_frames_are_one():
     q, k, v = (torch.randn(1, 2, 4, 5, 16, dtype=torch.float64) for _ in range(3))
-    whole = linear_attention(q, k, v, torch.ones(1, 4, 4, dtype=torch.bool))
-    flat = linear_attention(q.flatten(2, 3)[:, :, None], k, v, torch.ones(1, 1, 4, dtype=torch.bool))
+    whole = linear_attention(q, k, v, Visible(torch.ones(1, 4, 4, dtype=torch.bool)))
+    flat = linear_attention(q.flatten(2, 3)[:, :, None], k, v, Visible(torch.ones(1, 1, 4, dtype=torch.bool)))
     torch.testing.assert_close(flat[:, :, 0], whole.flatten(2, 3))
 
 
@@ -168,7 +173,7 @@ def test_parts_are_their_references():
 def test_wrong_shapes_are_named():
     q, k = torch.randn(1, 2, 3, 5, 16), torch.randn(1, 2, 4, 5, 16)
     with pytest.raises(ValueError, match="visible"):
-        linear_attention(q, k, k, torch.ones(1, 3, 5, dtype=torch.bool))
+        linear_attention(q, k, k, Visible(torch.ones(1, 3, 5, dtype=torch.bool)))
     with pytest.raises(ValueError, match="fit"):
         key_states(k, k[..., :8])
     with pytest.raises(ValueError, match="states"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speed3r_ros.kernels import merging
-from speed3r_ros.kernels.frames import frame_attention, triton
+from speed3r_ros.kernels.frames import Visible, frame_attention, triton
 from speed3r_ros.kernels.merging import (
     budget_frames,
     budget_slot,
@@ -186,7 +186,7 @@ def test_with_ratio_one_merged_attention_is_dense_attention():
     visible = torch.ones(1, frames, frames, dtype=torch.bool)
 
     def attend(q, k, v):
-        return frame_attention(*(x.unflatten(2, (frames, -1)) for x in (q, k, v)), visible)[0].flatten(2, 3)
+        return frame_attention(*(x.unflatten(2, (frames, -1)) for x in (q, k, v)), Visible(visible))[0].flatten(2, 3)
 
     rows = match_tokens(torch.randn(1, frames * length, 8), frames, specials, 1)
     out = take_tokens(attend(merge_tokens(q, rows, frames * length), k, v), rows)

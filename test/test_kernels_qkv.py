@@ -56,6 +56,20 @@ def test_kernel_is_its_definition(shape, dtype, tolerance):
         assert a.transpose(0, 1).is_contiguous()
 
 
+@needs_kernels
+def test_gradient_is_the_references():
+    qkv, q_weight, k_weight, *rest = case(2, 3, 2, 2, 16)
+    grads = []
+    for run, dtype in ((module.PrepareTokens.apply, torch.float32), (prepare_tokens_reference, torch.float64)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (qkv, q_weight, k_weight)]
+        out = run(*inputs, *rest)
+        torch.manual_seed(0)
+        loss = sum((x.double() * torch.randn(x.shape, device=DEVICE)).sum() for x in out)
+        grads.append(torch.autograd.grad(loss, inputs))
+    for a, b in zip(*grads):
+        assert (a.double() - b).norm() < 1e-5 * b.norm()
+
+
 def test_wrong_shapes_are_named():
     arguments = case(1, 2, 2, 1, 16)
     with pytest.raises(ValueError, match="qkv"):
