@@ -30,6 +30,17 @@ def check(qkv: Tensor, cos: Tensor, cos_pooled: Tensor, specials: int) -> int:
     return blocks
 
 
+def normalise_and_rotate(x: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMS norm of each head's vector, then the 2-D rotary embedding, half of the head for each axis.
+
+    x: queries and keys (F, X, 2, H, D) of X tokens, float32 or finer. Weights (D,); tables of X * D entries. Same shape out.
+    """
+    x = x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * torch.stack([q_weight, k_weight])[:, None])
+    a, b, c, d = x.chunk(4, -1)
+    cos, sin = (table.reshape(1, -1, 1, 1, x.shape[-1]) for table in (cos, sin))
+    return torch.addcmul(x * cos, torch.cat([-b, a, -d, c], -1), sin)
+
+
 def prepare_tokens_reference(
     qkv: Tensor,
     q_weight: Tensor,
@@ -42,23 +53,13 @@ def prepare_tokens_reference(
 ) -> tuple[Tensor, ...]:
     """Plain torch; arguments and results of `prepare_tokens`."""
     blocks = check(qkv, cos, cos_pooled, specials)
-    width = qkv.shape[-1]
     high = torch.promote_types(qkv.dtype, torch.float32)
     raw = qkv.to(high)
-
-    weight = torch.stack([q_weight, k_weight])[:, None]
-
-    def normalise(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries and keys (F, X, 2, H, D) of X tokens."""
-        x = x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight)
-        a, b, c, d = x.chunk(4, -1)
-        cos, sin = (table.reshape(1, -1, 1, 1, width) for table in (cos, sin))
-        return torch.addcmul(x * cos, torch.cat([-b, a, -d, c], -1), sin)
 
     out = []
     pooled = raw[:, specials:].unflatten(1, (blocks, BLOCK)).mean(2)
     for x, c, s in ((raw, cos, sin), (pooled, cos_pooled, sin_pooled)):
-        out += [*normalise(x[:, :, :2], c, s).unbind(2), x[:, :, 2]]
+        out += [*normalise_and_rotate(x[:, :, :2], q_weight, k_weight, c, s).unbind(2), x[:, :, 2]]
     return tuple(x.to(qkv.dtype).permute(2, 0, 1, 3).contiguous().transpose(0, 1) for x in out)
 
 

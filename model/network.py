@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
-from speed3r_ros.kernels.qkv import BLOCK, prepare_tokens
+from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
 from speed3r_ros.model.attention import STRATEGIES, Tokens
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.quantised import Int8Linear
@@ -73,18 +73,6 @@ class Prediction:
     descriptor: Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """2-D rotary embedding, half of the head for each axis: x (F, L, 2, H, D), tables (1, L, 1, D)."""
-    a, b, c, d = x.chunk(4, -1)
-    return torch.addcmul(x * cos.unsqueeze(2), torch.cat([-b, a, -d, c], -1), sin.unsqueeze(2))
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Normalise each head's vector, in float32."""
-    x = x.float()
-    return x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight)
-
-
 def rotation_from_6d(x: Tensor) -> Tensor:
     """(..., 6) -> (..., 3, 3) by Gram-Schmidt (Zhou et al., CVPR 2019)."""
     a = F.normalize(x[..., :3], dim=-1, eps=1e-6)
@@ -118,19 +106,15 @@ class Block(nn.Module):
         for layer in (self.proj, self.fc2):
             layer.weight.data.mul_(residual_gain)
 
-    def normalise(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw qkv (F, L, 3, H, D) -> q, k, v (F, H, L, D): queries and keys normalised, then rotated."""
-        weight = torch.stack([self.q_norm, self.k_norm])[:, None]
-        q, k = rotate(rms_norm(qkv[:, :, :2], weight), cos, sin).to(qkv.dtype).transpose(1, 3).unbind(2)
-        return q, k, qkv[:, :, 2].transpose(1, 2)
-
     def project(self, h: Tensor) -> Tensor:
         """Normalised input (F, L, C) -> raw qkv (F, L, 3, H, D)."""
         return self.qkv(h).unflatten(-1, (3, -1, self.head_width))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input (F, L, C) -> q, k, v (F, H, L, D)."""
-        return self.normalise(self.project(self.norm1(x).to(compute_dtype(self.qkv))), cos, sin)
+        qkv = self.project(self.norm1(x).to(compute_dtype(self.qkv)))
+        qk = normalise_and_rotate(qkv[:, :, :2].float(), self.q_norm, self.k_norm, cos, sin).to(qkv.dtype)
+        return *qk.transpose(1, 3).unbind(2), qkv[:, :, 2].transpose(1, 2)
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C)."""
