@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speed3r_ros.kernels.frames import Visible
-
-BLOCK = 16  # tokens of one 4 x 4 window of patches
+from speed3r_ros.kernels.qkv import BLOCK
 
 
 def on_gathered(q: Tensor, fine: Visible) -> bool:

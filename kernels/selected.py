@@ -31,8 +31,8 @@ from speed3r_ros.kernels.frames import (
     wide,
 )
 from speed3r_ros.kernels.gathered import on_gathered, selected_attention_gathered
+from speed3r_ros.kernels.qkv import BLOCK
 
-BLOCK = 16  # tokens of one 4 x 4 window of patches
 WORKSPACE = 2**29  # bytes at most for softmax states between launches; more heads than that take turns
 
 
