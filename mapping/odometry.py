@@ -162,14 +162,16 @@ class Odometry:
         if estimate.T_world_cam is None:
             return estimate
         grey, last = grey_image(image), self._last
+        opens = last is None
         K = resize_intrinsics(estimate.K, estimate.depth.shape, grey.shape)
         T = estimate.T_world_cam
         view = View(self._number, grey, calibrated, K, T, self._scale, T, estimate.depth, estimate.confidence)
         if last is not None:
             view.T_world_cam = self._by_network(self._last_estimated, view)
             if last.grey.shape != view.grey.shape or last.calibrated != calibrated:  # another camera, so to speak
+                unconfirmed = self._unconfirmed
                 self.reset()
-                self._scale, last = view.scale, None
+                self._scale, self._unconfirmed, last = view.scale, unconfirmed, None
         if not calibrated:
             self._K = view.K = self._likely(view) if last is None else self._K
         if last is None:
@@ -184,7 +186,7 @@ class Odometry:
         self._go_on(view)
         h, w = estimate.depth.shape
         sigma, tracking = estimate.pose_sigma * [self._scale, 1.0], estimate.tracking
-        if last is not None and not self.tracked:
+        if not opens and not self.tracked:
             self._unconfirmed = np.hypot(self._unconfirmed, sigma)
             tracking = Tracking.WEAK if tracking is Tracking.TRACKING else tracking
         return replace(

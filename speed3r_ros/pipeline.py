@@ -60,7 +60,7 @@ class Pipeline:
         self._lock = threading.Lock()  # of the trajectory
         self._origin = np.eye(4)
         self._last = np.eye(4)
-        self._last_sigma = np.zeros(2)
+        self._last_sigma = self._inherited_sigma = np.zeros(2)  # the latter from before the last `restart`
 
     def process(self, frame: Frame) -> Estimate:
         """Estimate of one frame, in metres as far as `scale.factor` makes them so. Raises ValueError as `Engine.push`."""
@@ -70,7 +70,7 @@ class Pipeline:
         if self.odometry:
             estimate = self.odometry.refine(frame.image, estimate, frame.K is not None)
         factor = self.config.scale.factor
-        self._last_sigma = estimate.pose_sigma * [factor, 1.0]
+        self._last_sigma = np.hypot(estimate.pose_sigma * [factor, 1.0], self._inherited_sigma)
         return replace(
             estimate,
             T_world_cam=self._continue(frame.stamp_ns, estimate.T_world_cam),
@@ -107,7 +107,7 @@ class Pipeline:
     def restart(self) -> None:
         """Forget what the engine has seen, but go on from the last pose: trajectory and map stay."""
         self._forget()
-        self._origin = self._last
+        self._origin, self._inherited_sigma = self._last, self._last_sigma
 
     def reset(self) -> None:
         """Start anew: trajectory and map are cleared, and the next frame defines the world."""
@@ -117,6 +117,7 @@ class Pipeline:
         self.point_map.clear()
         self.map_version += 1
         self._origin = self._last = np.eye(4)
+        self._last_sigma = self._inherited_sigma = np.zeros(2)
 
     def _forget(self) -> None:
         self.engine.reset()

@@ -221,6 +221,7 @@ def test_survives_a_cut_and_a_change_of_size(sequence):
         if i == 10:
             step = inverse(last.T_world_cam) @ got.T_world_cam
             assert np.allclose(step[:3, :3], (inverse(estimates[9].T_world_cam) @ estimate.T_world_cam)[:3, :3])
+            assert got.tracking is Tracking.WEAK and got.pose_sigma[1] > last.pose_sigma[1]
         last = got
 
 
