@@ -8,20 +8,28 @@ T_link_optical = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 
 """Optical frame (x right, y down, z forward) in the camera link (x forward, y left, z up): REP-103."""
 
 
+def _outer_from_matrix() -> np.ndarray:
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = np.eye(9)
+    outer = [
+        [xx - yy - zz, xy + yx, xz + zx, zy - yz],
+        [xy + yx, -xx + yy - zz, yz + zy, xz - zx],
+        [xz + zx, yz + zy, -xx - yy + zz, yx - xy],
+        [zy - yz, xz - zx, yx - xy, xx + yy + zz],
+    ]
+    return np.array(outer).reshape(16, 9).T
+
+
+OUTER_FROM_MATRIX = _outer_from_matrix()
+"""(9, 16): 4 q q^T of a unit quaternion q in x, y, z, w order is the identity plus this linear map of its rotation matrix."""
+
+
 def quaternion_from_matrix(R: np.ndarray) -> np.ndarray:
     """Rotations (..., 3, 3) -> unit quaternions (..., 4) in x, y, z, w order (Shepperd, 1978)."""
     R = np.asarray(R, dtype=np.float64)
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = np.moveaxis(R, (-2, -1), (0, 1))
-    outer = [  # 4 q q^T; the row with the largest diagonal is the best conditioned multiple of q
-        [1 + xx - yy - zz, xy + yx, xz + zx, zy - yz],
-        [xy + yx, 1 - xx + yy - zz, yz + zy, xz - zx],
-        [xz + zx, yz + zy, 1 - xx - yy + zz, yx - xy],
-        [zy - yz, xz - zx, yx - xy, 1 + xx + yy + zz],
-    ]
-    outer = np.moveaxis(np.array(outer), (0, 1), (-2, -1))
-    best = np.diagonal(outer, axis1=-2, axis2=-1).argmax(-1)
-    q = np.take_along_axis(outer, best[..., None, None], axis=-2)[..., 0, :]
-    return q / np.linalg.norm(q, axis=-1, keepdims=True)
+    outer = (R.reshape(-1, 9) @ OUTER_FROM_MATRIX + np.eye(4).reshape(16)).reshape(-1, 4, 4)
+    best = outer[:, range(4), range(4)].argmax(1)  # the row with the largest diagonal is the best conditioned
+    q = outer[np.arange(len(outer)), best]
+    return (q / np.sqrt(np.einsum("ij,ij->i", q, q))[:, None]).reshape(*R.shape[:-2], 4)
 
 
 def matrix_from_quaternion(q: np.ndarray) -> np.ndarray:

@@ -259,58 +259,36 @@ def info_from_K(K: np.ndarray, width: int, height: int, stamp_ns: int, frame_id:
     return info_from_camera(Camera(K, np.zeros(0), "plumb_bob", width, height), stamp_ns, frame_id, types)
 
 
-def points_message(
-    points: np.ndarray,
-    colors: np.ndarray,
-    stamp_ns: int,
-    frame_id: str,
-    confidence: np.ndarray | None = None,
-    types: Any = ros_types,
-) -> Any:
-    """Finite points (N, 3) and colours (N, 3) uint8 -> PointCloud2 with x y z rgb (16 bytes; 20 with confidence).
-
-    rgb is 0x00RRGGBB reinterpreted as FLOAT32, which RViz, PCL and the navigation stacks read.
-    """
-    names = ["x", "y", "z", "rgb"] + (["confidence"] if confidence is not None else [])
-    table = np.empty((len(points), len(names)), dtype=np.float32)
-    table[:, :3] = points
-    r, g, b = colors.astype(np.uint32).T if len(colors) else np.zeros((3, 0), np.uint32)
-    table[:, 3] = (r << 16 | g << 8 | b).astype(np.uint32).view(np.float32)
-    if confidence is not None:
-        table[:, 4] = confidence
+def points_message(rows: np.ndarray, stamp_ns: int, frame_id: str, types: Any = ros_types) -> Any:
+    """Rows (N, 4) of finite points, see `clouds` -> PointCloud2 with x y z rgb, 16 bytes a point."""
     fields = [
         types.make("sensor_msgs/msg/PointField", name=name, offset=4 * i, datatype=7, count=1)
-        for i, name in enumerate(names)
+        for i, name in enumerate(("x", "y", "z", "rgb"))
     ]
-    step = 4 * len(names)
     return types.make(
         "sensor_msgs/msg/PointCloud2",
         header=_header(stamp_ns, frame_id, types),
         height=1,
-        width=len(table),
+        width=len(rows),
         fields=fields,
         is_bigendian=False,
-        point_step=step,
-        row_step=step * len(table),
-        data=types.octets(table),
+        point_step=16,
+        row_step=16 * len(rows),
+        data=types.octets(rows.astype("<f4", copy=False)),
         is_dense=True,
     )
 
 
 def _point(kind: str, xyz: np.ndarray, types: Any) -> Any:
-    x, y, z = (float(value) for value in xyz)
+    x, y, z = xyz.tolist()
     return types.make(f"geometry_msgs/msg/{kind}", x=x, y=y, z=z)
 
 
-def _quaternion(T: np.ndarray, types: Any) -> Any:
-    x, y, z, w = (float(value) for value in quaternion_from_matrix(T[:3, :3]))
-    return types.make("geometry_msgs/msg/Quaternion", x=x, y=y, z=z, w=w)
-
-
-def _pose(T: np.ndarray, types: Any) -> Any:
-    return types.make(
-        "geometry_msgs/msg/Pose", position=_point("Point", T[:3, 3], types), orientation=_quaternion(T, types)
-    )
+def pose_from_matrix(T: np.ndarray, types: Any = ros_types) -> Any:
+    """Transform (4, 4) -> geometry_msgs/Pose, which may serve several messages."""
+    x, y, z, w = quaternion_from_matrix(T[:3, :3]).tolist()
+    orientation = types.make("geometry_msgs/msg/Quaternion", x=x, y=y, z=z, w=w)
+    return types.make("geometry_msgs/msg/Pose", position=_point("Point", T[:3, 3], types), orientation=orientation)
 
 
 def covariance(sigma: np.ndarray) -> np.ndarray:
@@ -319,16 +297,16 @@ def covariance(sigma: np.ndarray) -> np.ndarray:
     return np.diag([translation] * 3 + [rotation] * 3).reshape(36)
 
 
-def pose_message(T: np.ndarray, sigma: np.ndarray, stamp_ns: int, frame_id: str, types: Any = ros_types) -> Any:
-    """Pose (4, 4) with one-sigma (2,) -> PoseWithCovarianceStamped."""
-    pose = types.make("geometry_msgs/msg/PoseWithCovariance", pose=_pose(T, types), covariance=covariance(sigma))
+def pose_message(pose: Any, sigma: np.ndarray, stamp_ns: int, frame_id: str, types: Any = ros_types) -> Any:
+    """Pose with one-sigma (2,) -> PoseWithCovarianceStamped."""
+    uncertain = types.make("geometry_msgs/msg/PoseWithCovariance", pose=pose, covariance=covariance(sigma))
     return types.make(
-        "geometry_msgs/msg/PoseWithCovarianceStamped", header=_header(stamp_ns, frame_id, types), pose=pose
+        "geometry_msgs/msg/PoseWithCovarianceStamped", header=_header(stamp_ns, frame_id, types), pose=uncertain
     )
 
 
 def odometry_message(
-    T: np.ndarray,
+    pose: Any,
     sigma: np.ndarray,
     twist: np.ndarray,
     stamp_ns: int,
@@ -336,7 +314,7 @@ def odometry_message(
     child_frame_id: str,
     types: Any = ros_types,
 ) -> Any:
-    """Pose (4, 4) of the child in the frame and twist (6,) in the child (m/s, rad/s) -> Odometry."""
+    """Pose of the child in the frame and twist (6,) in the child (m/s, rad/s) -> Odometry."""
     motion = types.make(
         "geometry_msgs/msg/Twist",
         linear=_point("Vector3", twist[:3], types),
@@ -346,16 +324,16 @@ def odometry_message(
         "nav_msgs/msg/Odometry",
         header=_header(stamp_ns, frame_id, types),
         child_frame_id=child_frame_id,
-        pose=types.make("geometry_msgs/msg/PoseWithCovariance", pose=_pose(T, types), covariance=covariance(sigma)),
+        pose=types.make("geometry_msgs/msg/PoseWithCovariance", pose=pose, covariance=covariance(sigma)),
         twist=types.make(
             "geometry_msgs/msg/TwistWithCovariance", twist=motion, covariance=covariance(np.asarray(sigma) * 10)
         ),
     )
 
 
-def stamped_pose_message(T: np.ndarray, stamp_ns: int, frame_id: str, types: Any = ros_types) -> Any:
-    """Pose (4, 4) -> PoseStamped, of which paths are made."""
-    return types.make("geometry_msgs/msg/PoseStamped", header=_header(stamp_ns, frame_id, types), pose=_pose(T, types))
+def stamped_pose_message(pose: Any, stamp_ns: int, frame_id: str, types: Any = ros_types) -> Any:
+    """Pose -> PoseStamped, of which paths are made."""
+    return types.make("geometry_msgs/msg/PoseStamped", header=_header(stamp_ns, frame_id, types), pose=pose)
 
 
 def path_message(poses: list[Any], types: Any = ros_types) -> Any:
@@ -363,10 +341,13 @@ def path_message(poses: list[Any], types: Any = ros_types) -> Any:
     return types.make("nav_msgs/msg/Path", header=poses[-1].header, poses=poses)
 
 
-def transform_message(T: np.ndarray, stamp_ns: int, frame_id: str, child_frame_id: str, types: Any = ros_types) -> Any:
-    """Pose (4, 4) of the child in the frame -> TransformStamped."""
+def transform_message(pose: Any, stamp_ns: int, frame_id: str, child_frame_id: str, types: Any = ros_types) -> Any:
+    """Pose of the child in the frame -> TransformStamped."""
+    p = pose.position
     move = types.make(
-        "geometry_msgs/msg/Transform", translation=_point("Vector3", T[:3, 3], types), rotation=_quaternion(T, types)
+        "geometry_msgs/msg/Transform",
+        translation=types.make("geometry_msgs/msg/Vector3", x=p.x, y=p.y, z=p.z),
+        rotation=pose.orientation,
     )
     return types.make(
         "geometry_msgs/msg/TransformStamped",

@@ -8,6 +8,7 @@ from enum import Enum
 
 import numpy as np
 
+from speed3r_ros.clouds import cloud, split_rows, valid_depth
 from speed3r_ros.config import Config, InputConfig
 from speed3r_ros.mapping.odometry import Odometry
 from speed3r_ros.mapping.point_map import PointMap
@@ -100,7 +101,9 @@ class Pipeline:
         """Put the points of a keyframe into the map. Apart from `process`, so that its answer need not wait for this."""
         if estimate.is_keyframe:
             T = estimate.T_world_cam
-            points, colors, confidence = cloud(estimate, self.config, min_confidence=self.config.map.min_confidence)
+            depth = valid_depth(estimate, self.config)
+            rows, confidence = cloud(estimate, depth, min_confidence=self.config.map.min_confidence)
+            points, colors = split_rows(rows)
             self.point_map.insert(points @ T[:3, :3].T + T[:3, 3], colors, confidence)
             self.map_version += 1
 
@@ -132,29 +135,3 @@ class Pipeline:
         for stamp_ns, T in zip(stamps.tolist(), poses):
             copy.append(stamp_ns, T)
         return copy
-
-
-def valid_depth(estimate: Estimate, config: Config) -> np.ndarray:
-    """Depth (h, w) float32 with NaN where confidence or range rule it out (REP-118)."""
-    good = (estimate.confidence >= config.depth.min_confidence) & (estimate.depth <= config.depth.max)
-    return np.where(good, estimate.depth, np.float32(np.nan))
-
-
-def cloud(
-    estimate: Estimate, config: Config, most: int = 0, min_confidence: float = 0.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Valid points (N, 3) float32 in the camera's optical frame, colours (N, 3) uint8, confidences (N,).
-
-    With more than `most` > 0 of them, an even subset.
-    """
-    depth, K = valid_depth(estimate, config), estimate.K
-    index = np.flatnonzero(np.isfinite(depth) & (estimate.confidence >= min_confidence))
-    if most and len(index) > most:
-        index = index[np.arange(most) * len(index) // most]
-    height, width = depth.shape
-    points = np.empty((height, width, 3), np.float32)
-    points[..., 0] = depth * ((np.arange(width) - K[0, 2]) / K[0, 0]).astype(np.float32)
-    points[..., 1] = depth * ((np.arange(height) - K[1, 2]) / K[1, 1]).astype(np.float32)[:, None]
-    points[..., 2] = depth
-    chosen = (x.take(index, axis=0) for x in (points.reshape(-1, 3), estimate.image.reshape(-1, 3)))
-    return *chosen, estimate.confidence.take(index)

@@ -149,7 +149,7 @@ class Run:
         self._latencies.append(self._times[-1] - started)
         if self._shown and self._number >= self._shown[0]:
             self._shown.pop(0)
-            from speed3r_ros.pipeline import valid_depth
+            from speed3r_ros.clouds import valid_depth
 
             depth = valid_depth(estimate, self._pipeline.config)
             aspect = image.shape[1] / image.shape[0]

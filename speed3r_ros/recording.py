@@ -14,6 +14,7 @@ import numpy as np
 from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.typesys import Stores, get_typestore
 
+from speed3r_ros.clouds import split_rows
 from speed3r_ros.convert import matrix_from_transform, stamp_to_ns
 from speed3r_ros.mapping.geometry import T_link_optical, inverse, transform
 from speed3r_ros.mapping.trajectory import NANO, Trajectory
@@ -139,14 +140,13 @@ def points_of(cloud: Any) -> tuple[np.ndarray, np.ndarray]:
     row = np.dtype(
         {
             "names": names,
-            "formats": ["<f4", "<f4", "<f4", "<u4"],
+            "formats": ["<f4"] * 4,
             "offsets": [offset[name] for name in names],
             "itemsize": cloud.point_step,
         }
     )
     rows = np.frombuffer(cloud.data, dtype=row, count=cloud.width * cloud.height)
-    points = np.stack([rows["x"], rows["y"], rows["z"]], axis=1)
-    colors = np.stack([(rows["rgb"] >> shift) & 255 for shift in (16, 8, 0)], axis=1).astype(np.uint8)
+    points, colors = split_rows(np.stack([rows[name] for name in names], axis=1))
     valid = np.isfinite(points).all(1)
     return points[valid], colors[valid]
 

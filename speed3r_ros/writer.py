@@ -11,12 +11,12 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 from rosbags.typesys import Stores, get_typestore
 
 from speed3r_ros import convert
+from speed3r_ros.clouds import cloud, valid_depth
 from speed3r_ros.config import Config
 from speed3r_ros.convert import bag_types
 from speed3r_ros.mapping.geometry import T_link_optical
 from speed3r_ros.model.types import Estimate
 from speed3r_ros.outputs import WorldFrame, parse_pose
-from speed3r_ros.pipeline import cloud, valid_depth
 
 CAMERA_FRAME = "camera_optical_frame"  # recorded inputs carry no frame_id
 
@@ -53,7 +53,10 @@ class OutputBag:
         self._writer.write(self._connections[topic], stamp_ns, self._types.serialize_cdr(message, kind))
 
     def _transforms(self, topic: str, stamp_ns: int, *edges: tuple[np.ndarray, str, str]) -> None:
-        items = [convert.transform_message(T, stamp_ns, parent, child, types=bag_types) for T, parent, child in edges]
+        items = [
+            convert.transform_message(convert.pose_from_matrix(T, bag_types), stamp_ns, parent, child, types=bag_types)
+            for T, parent, child in edges
+        ]
         self._send(
             topic, "tf2_msgs/msg/TFMessage", bag_types.make("tf2_msgs/msg/TFMessage", transforms=items), stamp_ns
         )
@@ -63,22 +66,24 @@ class OutputBag:
         config, stamp, sigma = self._config, estimate.stamp_ns, estimate.pose_sigma
         frames, base = config.frames, config.frames.base or self._camera
         T = self._world.base(estimate.T_world_cam)
-        self._path.append(convert.stamped_pose_message(T, stamp, frames.map, types=bag_types))
+        pose = convert.pose_from_matrix(T, bag_types)
+        self._path.append(convert.stamped_pose_message(pose, stamp, frames.map, types=bag_types))
         if not self._static_sent and base != self._camera:
             self._transforms("/tf_static", stamp, (self._world.T_base_cam, base, self._camera))
             self._static_sent = True
         self._transforms("/tf", stamp, (np.eye(4), frames.map, frames.odom), (T, frames.odom, base))
-        pose = convert.pose_message(T, sigma, stamp, frames.map, types=bag_types)
-        self._send("/pose", "geometry_msgs/msg/PoseWithCovarianceStamped", pose, stamp)
-        odometry = convert.odometry_message(T, sigma, np.zeros(6), stamp, frames.odom, base, types=bag_types)
+        uncertain = convert.pose_message(pose, sigma, stamp, frames.map, types=bag_types)
+        self._send("/pose", "geometry_msgs/msg/PoseWithCovarianceStamped", uncertain, stamp)
+        odometry = convert.odometry_message(pose, sigma, np.zeros(6), stamp, frames.odom, base, types=bag_types)
         self._send("/odometry", "nav_msgs/msg/Odometry", odometry, stamp)
         height, width = estimate.depth.shape
         info = convert.info_from_K(estimate.K, width, height, stamp, self._camera, types=bag_types)
         self._send("/depth/camera_info", "sensor_msgs/msg/CameraInfo", info, stamp)
-        depth = convert.array_to_image(valid_depth(estimate, config), stamp, self._camera, types=bag_types)
-        self._send("/depth/image", "sensor_msgs/msg/Image", depth, stamp)
+        depth = valid_depth(estimate, config)
+        message = convert.array_to_image(depth, stamp, self._camera, types=bag_types)
+        self._send("/depth/image", "sensor_msgs/msg/Image", message, stamp)
         confidence = convert.array_to_image(estimate.confidence, stamp, self._camera, types=bag_types)
         self._send("/confidence", "sensor_msgs/msg/Image", confidence, stamp)
-        points, colors, _ = cloud(estimate, config, config.points.max)
-        message = convert.points_message(points, colors, stamp, self._camera, types=bag_types)
+        rows, _ = cloud(estimate, depth, config.points.max)
+        message = convert.points_message(rows, stamp, self._camera, types=bag_types)
         self._send("/points", "sensor_msgs/msg/PointCloud2", message, stamp)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from speed3r_ros import convert
+from speed3r_ros.clouds import make_rows
 from speed3r_ros.convert import bag_types, image_to_array, ros_types
 
 try:
@@ -163,15 +164,12 @@ def test_stamps_are_exact(types):
 def test_cloud_layout_by_struct(types):
     points = RNG.standard_normal((50, 3)).astype(np.float32)
     colors = RNG.integers(0, 255, (50, 3), dtype=np.uint8)
-    confidence = RNG.random(50).astype(np.float32)
-    for extra, size in ((None, 16), (confidence, 20)):
-        cloud = convert.points_message(points, colors, 7, "cam", extra, types)
-        assert (cloud.point_step, cloud.row_step, cloud.width, cloud.height) == (size, size * 50, 50, 1)
-        for i, row in enumerate(struct.iter_unpack("<fffI" + "f" * (size == 20), bytes(cloud.data))):
-            assert row[:3] == tuple(points[i].tolist())
-            assert row[3] == int(colors[i, 0]) << 16 | int(colors[i, 1]) << 8 | int(colors[i, 2])
-            assert size == 16 or row[4] == confidence[i]
-    assert convert.points_message(points[:0], colors[:0], 7, "cam", types=types).width == 0
+    cloud = convert.points_message(make_rows(points, colors), 7, "cam", types)
+    assert (cloud.point_step, cloud.row_step, cloud.width, cloud.height) == (16, 16 * 50, 50, 1)
+    for i, row in enumerate(struct.iter_unpack("<fffI", bytes(cloud.data))):
+        assert row[:3] == tuple(points[i].tolist())
+        assert row[3] == int(colors[i, 0]) << 16 | int(colors[i, 1]) << 8 | int(colors[i, 2])
+    assert convert.points_message(make_rows(points[:0], colors[:0]), 7, "cam", types).width == 0
 
 
 def test_camera_info_round_trip_and_regions(types):

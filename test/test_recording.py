@@ -1,5 +1,6 @@
 """Reading a recorded run back: frames, times and points, and one clear line for recordings that cannot be read."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -10,7 +11,8 @@ from rosbags.typesys import Stores, get_typestore
 from scipy.spatial.transform import Rotation
 
 from speed3r_ros.cli import main
-from speed3r_ros.convert import array_to_image, bag_types, points_message, transform_message
+from speed3r_ros.clouds import make_rows
+from speed3r_ros.convert import array_to_image, bag_types, points_message, pose_from_matrix, transform_message
 from speed3r_ros.mapping.geometry import T_link_optical
 from speed3r_ros.recording import float_image, latencies, points_of, read_times, static_transform
 
@@ -31,7 +33,9 @@ def test_the_camera_is_found_through_a_chain_of_static_transforms(rng):
     A, B, C = (random_transform(rng) for _ in range(3))
     edges = [(B, "mast", "camera"), (A, "base_link", "mast"), (C, "camera", "optical"), (A, "base_link", "wheel")]
     messages = [
-        SimpleNamespace(transforms=[transform_message(T, 0, parent, child, types=bag_types)])
+        SimpleNamespace(
+            transforms=[transform_message(pose_from_matrix(T, bag_types), 0, parent, child, types=bag_types)]
+        )
         for T, parent, child in edges
     ]
     np.testing.assert_allclose(static_transform(messages, "base_link", "optical"), A @ B @ C, atol=1e-12)
@@ -47,11 +51,17 @@ def test_latency_counts_from_the_last_sending_of_a_stamp():
 
 def test_clouds_and_images_round_trip(rng):
     points, colors = rng.normal(size=(50, 3)).astype(np.float32), rng.integers(0, 256, (50, 3), dtype=np.uint8)
-    confidence = rng.random(50).astype(np.float32)
-    for extra in (None, confidence):
-        found = points_of(points_message(points, colors, 0, "map", extra, types=bag_types))
-        np.testing.assert_array_equal(found[0], points)
-        np.testing.assert_array_equal(found[1], colors)
+    message = points_message(make_rows(points, colors), 0, "map", types=bag_types)
+    found = points_of(message)
+    np.testing.assert_array_equal(found[0], points)
+    np.testing.assert_array_equal(found[1], colors)
+    wider = np.zeros((50, 24), np.uint8)  # fields in another order, with room between them
+    rows = message.data.reshape(50, 16)
+    wider[:, 4:8], wider[:, 8:20] = rows[:, 12:], rows[:, :12]
+    fields = [replace(field, offset=4 if field.name == "rgb" else field.offset + 8) for field in message.fields]
+    found = points_of(replace(message, point_step=24, data=wider.reshape(-1), fields=fields[::-1]))
+    np.testing.assert_array_equal(found[0], points)
+    np.testing.assert_array_equal(found[1], colors)
     depth = rng.random((6, 9)).astype(np.float32)
     np.testing.assert_array_equal(float_image(array_to_image(depth, 0, "", types=bag_types)), depth)
 
