@@ -26,9 +26,10 @@ OUTER_FROM_MATRIX = _outer_from_matrix()
 def quaternion_from_matrix(R: np.ndarray) -> np.ndarray:
     """Rotations (..., 3, 3) -> unit quaternions (..., 4) in x, y, z, w order (Shepperd, 1978)."""
     R = np.asarray(R, dtype=np.float64)
-    outer = (R.reshape(-1, 9) @ OUTER_FROM_MATRIX + np.eye(4).reshape(16)).reshape(-1, 4, 4)
-    best = outer[:, range(4), range(4)].argmax(1)  # the row with the largest diagonal is the best conditioned
-    q = outer[np.arange(len(outer)), best]
+    outer = R.reshape(-1, 9) @ OUTER_FROM_MATRIX
+    outer[:, ::5] += 1
+    best = outer[:, ::5].argmax(1)  # the row with the largest diagonal is the best conditioned
+    q = outer.reshape(-1, 4, 4)[np.arange(len(outer)), best]
     return (q / np.sqrt(np.einsum("ij,ij->i", q, q))[:, None]).reshape(*R.shape[:-2], 4)
 
 

@@ -44,17 +44,16 @@ def valid_depth(estimate: Estimate, config: Config) -> np.ndarray:
 def cloud(
     estimate: Estimate, depth: np.ndarray, most: int = 0, min_confidence: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (N, 4), in the camera's optical frame, of the points whose depth (h, w) is not NaN, and their confidences (N,).
-
-    With more than `most` > 0 of them, an even subset.
+    """Rows (N, 4), in the camera's optical frame, of the pixels whose depth (h, w) is not NaN, and which pixels: (N,) int,
+    row-major. With more than `most` > 0 of them, an even subset.
     """
     K, (height, width) = estimate.K, depth.shape
     index = np.flatnonzero(np.isfinite(depth) & (estimate.confidence >= min_confidence))
     if most and len(index) > most:
-        index = index[np.arange(most) * len(index) // most]
+        index = index[(np.arange(most) * (len(index) / most)).astype(np.intp)]
     rows = np.empty((height, width, 4), "<f4")
     np.multiply(depth, ((np.arange(width) - K[0, 2]) / K[0, 0]).astype(np.float32), out=rows[..., 0])
     np.multiply(depth, ((np.arange(height) - K[1, 2]) / K[1, 1]).astype(np.float32)[:, None], out=rows[..., 1])
     rows[..., 2] = depth
     rows[..., 3] = pack_colors(estimate.image.reshape(-1, 3)).reshape(height, width)
-    return rows.reshape(-1, 4).take(index, axis=0), estimate.confidence.take(index)
+    return rows.reshape(-1, 4).take(index, axis=0), index

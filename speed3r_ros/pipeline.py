@@ -102,9 +102,9 @@ class Pipeline:
         if estimate.is_keyframe:
             T = estimate.T_world_cam
             depth = valid_depth(estimate, self.config)
-            rows, confidence = cloud(estimate, depth, min_confidence=self.config.map.min_confidence)
+            rows, pixels = cloud(estimate, depth, min_confidence=self.config.map.min_confidence)
             points, colors = split_rows(rows)
-            self.point_map.insert(points @ T[:3, :3].T + T[:3, 3], colors, confidence)
+            self.point_map.insert(points @ T[:3, :3].T + T[:3, 3], colors, estimate.confidence.take(pixels))
             self.map_version += 1
 
     def restart(self) -> None:

@@ -56,6 +56,7 @@ FOREIGN_PARAMETERS = ("use_sim_time", "start_type_description_service", "qos_ove
 OTHER_CLOCK_NS = 5_000_000_000  # images stamped further than this from the node's clock follow another one
 SILENCE_NS = 1_000_000_000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+HAND_OVER = 5e-5  # seconds that the executor lets go of Python, so that the computing thread starts at once
 SWITCH_INTERVAL = 0.0005  # seconds that a computing thread may keep Python from the publishing one; 5 ms by default
 
 
@@ -222,6 +223,7 @@ class ReconNode(Node):
         if not self.paused:
             now_ns = self.get_clock().now().nanoseconds
             self._computer.mailbox.put(Received(message, self._info, time.monotonic(), now_ns))
+            time.sleep(HAND_OVER)
 
     def _receive_info(self, message: CameraInfo) -> None:
         self._info = message
