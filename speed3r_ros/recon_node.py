@@ -408,6 +408,8 @@ class ReconNode(Node):
         self.statistics.count("resets")
 
     def _report(self, error: Exception) -> None:
+        if not self.context.ok():  # nobody listens any more
+            return
         self.statistics.count("bad")
         self._tell(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 

@@ -84,7 +84,18 @@ class SlowEngine(ScriptedEngine):
         return replace(estimate, T_world_cam=T)
 
 
+class LeavingEngine(ScriptedEngine):
+    """ROS shuts down while it works."""
+
+    def push(self, frame: Frame) -> Estimate:
+        import rclpy
+
+        rclpy.shutdown()
+        return super().push(frame)
+
+
 if __name__ == "__main__":
     from speed3r_ros.recon_node import main
 
-    sys.exit(main(engine={kind.__name__: kind for kind in (ScriptedEngine, SlowEngine)}[sys.argv[1]]()))
+    kinds = {kind.__name__: kind for kind in (ScriptedEngine, SlowEngine, LeavingEngine)}
+    sys.exit(main(engine=kinds[sys.argv[1]]()))

@@ -344,6 +344,14 @@ def test_a_slow_network_survives_all_that_may_come_between(rig):
     assert r.close() == 0
 
 
+def test_a_frame_that_is_underway_at_shutdown_is_no_trouble(rig):
+    r = rig("frames.base_to_camera:='0 0 0 0 0 0 1'", "odometry.features:=0", engine="LeavingEngine")
+    r.images.publish(r.image(1_700_000_000_000_000_000))
+    assert r.process.wait(15) == 0
+    assert "Error" not in r.text()
+    r.close()
+
+
 BAD_IMAGES = {
     "encoding": (dict(encoding="jpeg2000"), "image encoding 'jpeg2000' is not supported"),
     "empty": (dict(height=0, width=0, step=0, data=array.array("B")), "empty image"),
