@@ -35,7 +35,7 @@ def test_reference_is_what_the_network_does():
     layer = GlobalBlock(channels, width, 1.3, 0.5, specials)
     x = torch.randn(2, length, channels)
     tables = [torch.randn(1, n, 1, width) for n in (length, length, blocks, blocks)]
-    q, k, v, q_g, k_g, v_g, _ = layer.before_global(x, *tables)
+    _, q, k, v, q_g, k_g, v_g, _ = layer.before_global(x, None, *tables)
     qkv = layer.qkv(layer.norm1(x)).unflatten(-1, (3, -1, width))
     out = prepare_tokens_reference(qkv, layer.q_norm, layer.k_norm, *tables, specials)
     for a, b in zip(out, (q, k, v, q_g, k_g, v_g)):
