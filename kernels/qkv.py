@@ -158,10 +158,10 @@ if triton is not None:
     def _unit(a, b, D: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr):
         """The norm before its weight, and the reciprocal of the length. NORM: 1 root mean square, 2 layer norm."""
         if NORM == 2:
-            mean = ((tl.sum(a, 2) + tl.sum(b, 2)) / D)[:, :, None]
+            mean = (tl.sum(a + b, 2) / D)[:, :, None]
             a -= mean
             b -= mean
-        r = tl.rsqrt((tl.sum(a * a, 2) + tl.sum(b * b, 2)) / D + EPS)[:, :, None]
+        r = tl.rsqrt(tl.sum(a * a + b * b, 2) / D + EPS)[:, :, None]
         return a * r, b * r, r
 
     @triton.jit
@@ -218,9 +218,9 @@ if triton is not None:
             weight_a, weight_b = ga * a, gb * b
             ga *= tl.load(norm + d).to(tl.float32)[None, None, :]
             gb *= tl.load(norm + d + D // 4).to(tl.float32)[None, None, :]
-            along = ((tl.sum(ga * a, 2) + tl.sum(gb * b, 2)) / D)[:, :, None]
+            along = (tl.sum(ga * a + gb * b, 2) / D)[:, :, None]
             if NORM == 2:
-                mean = ((tl.sum(ga, 2) + tl.sum(gb, 2)) / D)[:, :, None]
+                mean = (tl.sum(ga + gb, 2) / D)[:, :, None]
                 ga -= mean
                 gb -= mean
             ga = (ga - a * along) * r
