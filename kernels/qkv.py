@@ -5,7 +5,7 @@ stays where the linear layer put it. Global blocks: fine q, k, v are stored head
 of 16 patch tokens become pooled ones, by the same normalisation, rotated at the block's mean position. One launch, one pass
 over the raw tensor, either way; a frame block is a global one without blocks of patches. So are the backward passes.
 
-A program takes 16 tokens (one block) of HEADS heads. The rotary embedding is 2-D, half of the head for each axis, and turns
+A program takes 16 tokens (one block) of one or a few heads. The rotary embedding is 2-D, half of the head for each axis, and turns
 channel p of a half's first quarter with channel p of its second one; a program holds both as two tiles of D / 2 channels, so
 that each value is read once.
 
@@ -155,6 +155,21 @@ if triton is not None:
         tl.store(x + at + D // 4, b.to(x.dtype.element_ty), mask=inside)
 
     @triton.jit
+    def _block(group, d, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):
+        """Whether the group is a block of patches, and the places of its pairs in the pooled tables, for every token.
+
+        Pooled values are held as many times as there are tokens: then all tiles are alike, and threads exchange nothing.
+        """
+        patches = tl.full([16, HEADS, D // 2], group, tl.int32) < G
+        return patches, tl.broadcast_to((group * D + d)[None, None, :], [16, HEADS, D // 2])
+
+    @triton.jit
+    def _means(a, b, D: tl.constexpr, HEADS: tl.constexpr):
+        """Means over the tokens, for every token."""
+        a = tl.broadcast_to((tl.sum(a, 0) / 16)[None, :, :], [16, HEADS, D // 2])
+        return a, tl.broadcast_to((tl.sum(b, 0) / 16)[None, :, :], [16, HEADS, D // 2])
+
+    @triton.jit
     def _unit(a, b, D: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr):
         """The norm before its weight, and the reciprocal of the length. NORM: 1 root mean square, 2 layer norm."""
         if NORM == 2:
@@ -228,6 +243,19 @@ if triton is not None:
         return ga, gb, weight_a, weight_b, bias_a, bias_b
 
     @triton.jit
+    def _store_sums(x, a, b, D: tl.constexpr, HEADS: tl.constexpr):
+        """Both channels of each pair, summed over tokens and heads."""
+        d = _channels(D)
+        _store_pairs(
+            x,
+            d,
+            d < D,
+            tl.sum(tl.reshape(a, [16 * HEADS, D // 2]), 0),
+            tl.sum(tl.reshape(b, [16 * HEADS, D // 2]), 0),
+            D,
+        )
+
+    @triton.jit
     def _prepare(
         qkv,
         q_norm,
@@ -294,20 +322,21 @@ if triton is not None:
         _store_pairs(k + place * k_f, at_k, inside, a, b, D)
         if VALUES:
             _store_pairs(v + place * k_f, at_k, inside, va, vb, D)
-        if G > 0:  # special tokens have no mean: what they compute here goes nowhere
-            patches = tl.full([1, HEADS, D // 2], group, tl.int32) < G
+        if G > 0:
+            patches, table = _block(group, d, G, D, HEADS)
             if ROPE:
-                ca, cb = _load_pairs(cos_pooled + group * D, d[None, None, :], patches, D)
-                sa, sb = _load_pairs(sin_pooled + group * D, d[None, None, :], patches, D)
-            at_q = wide * q_pooled_h + group * D + d[None, None, :]
-            at_k = wide * k_pooled_h + group * D + d[None, None, :]
-            a, b = (tl.sum(qa, 0) / 16)[None, :, :], (tl.sum(qb, 0) / 16)[None, :, :]
+                ca, cb = _load_pairs(cos_pooled, table, patches, D)
+                sa, sb = _load_pairs(sin_pooled, table, patches, D)
+            patches &= tl.arange(0, 16)[:, None, None] == 0
+            at_q = wide * q_pooled_h + table
+            at_k = wide * k_pooled_h + table
+            a, b = _means(qa, qb, D, HEADS)
             a, b = _transform(a, b, q_norm, ca, cb, sa, sb, D, EPS, NORM, ROPE)
             _store_pairs(q_pooled + f * q_pooled_f, at_q, patches, a, b, D)
-            a, b = (tl.sum(ka, 0) / 16)[None, :, :], (tl.sum(kb, 0) / 16)[None, :, :]
+            a, b = _means(ka, kb, D, HEADS)
             a, b = _transform(a, b, k_norm, ca, cb, sa, sb, D, EPS, NORM, ROPE)
             _store_pairs(k_pooled + place * k_pooled_f, at_k, patches, a, b, D)
-            a, b = (tl.sum(va, 0) / 16)[None, :, :], (tl.sum(vb, 0) / 16)[None, :, :]
+            a, b = _means(va, vb, D, HEADS)
             _store_pairs(v_pooled + place * k_pooled_f, at_k, patches, a, b, D)
 
     @triton.jit
@@ -353,8 +382,6 @@ if triton is not None:
         at_g = wide * g_h + token[:, None, None] * g_l + d[None, None, :]
         to = token[:, None, None] * (3 * H * D) + heads[None, :, None] * D + d[None, None, :]
         table = tl.broadcast_to((token[:, None] * D + d[None, :])[:, None, :], [16, HEADS, D // 2])
-        patches = tl.full([1, HEADS, D // 2], group, tl.int32) < G
-        at_pooled = heads[None, :, None] * (G * D) + group * D + d[None, None, :]
         qkv += f * x_f
         grad += f * (S + G * 16) * (3 * H * D)
         ca, cb, sa, sb = 0.0, 0.0, 0.0, 0.0
@@ -362,11 +389,14 @@ if triton is not None:
         if ROPE:
             ca, cb = _load_pairs(cos, table, inside, D)
             sa, sb = _load_pairs(sin, table, inside, D)
-            if G > 0:
-                ca_pooled, cb_pooled = _load_pairs(cos_pooled + group * D, d[None, None, :], patches, D)
-                sa_pooled, sb_pooled = _load_pairs(sin_pooled + group * D, d[None, None, :], patches, D)
         if G > 0:
+            patches, table = _block(group, d, G, D, HEADS)
+            once = patches & (tl.arange(0, 16)[:, None, None] == 0)
             grad_pooled += f * (H * G * D)
+            at_pooled = heads[None, :, None] * (G * D) + table
+            if ROPE:
+                ca_pooled, cb_pooled = _load_pairs(cos_pooled, table, patches, D)
+                sa_pooled, sb_pooled = _load_pairs(sin_pooled, table, patches, D)
         for part in tl.static_range(2):
             norm = q_norm if part == 0 else k_norm
             a, b = _load_pairs(qkv + part * x_c, at, inside, D)
@@ -374,26 +404,24 @@ if triton is not None:
             ga, gb, weight_a, weight_b, bias_a, bias_b = _transform_backward(
                 a, b, ga, gb, norm, ca, cb, sa, sb, D, EPS, NORM, ROPE
             )
-            weight_a, weight_b = tl.sum(tl.sum(weight_a, 0), 0), tl.sum(tl.sum(weight_b, 0), 0)
-            bias_a, bias_b = tl.sum(tl.sum(bias_a, 0), 0), tl.sum(tl.sum(bias_b, 0), 0)
-            if G > 0:  # special tokens have no mean, and the gradient 0 of it
-                a, b = (tl.sum(a, 0) / 16)[None, :, :], (tl.sum(b, 0) / 16)[None, :, :]
+            if G > 0:
+                a, b = _means(a, b, D, HEADS)
                 pa, pb = _load_pairs(grad_pooled + part * p_c, at_pooled, patches, D)
                 pa, pb, mean_weight_a, mean_weight_b, mean_bias_a, mean_bias_b = _transform_backward(
                     a, b, pa, pb, norm, ca_pooled, cb_pooled, sa_pooled, sb_pooled, D, EPS, NORM, ROPE
                 )
                 ga += pa / 16
                 gb += pb / 16
-                weight_a += tl.sum(tl.sum(mean_weight_a, 0), 0)
-                weight_b += tl.sum(tl.sum(mean_weight_b, 0), 0)
-                bias_a += tl.sum(tl.sum(mean_bias_a, 0), 0)
-                bias_b += tl.sum(tl.sum(mean_bias_b, 0), 0)
+                weight_a += tl.where(once, mean_weight_a, 0.0)
+                weight_b += tl.where(once, mean_weight_b, 0.0)
+                bias_a += tl.where(once, mean_bias_a, 0.0)
+                bias_b += tl.where(once, mean_bias_b, 0.0)
             _store_pairs(grad + part * H * D, to, inside, ga, gb, D)
             if NORM > 0:
                 row = partial + (tl.program_id(0).to(tl.int64) * 2 + part) * (NORM * D)
-                _store_pairs(row, d, d < D, weight_a, weight_b, D)
+                _store_sums(row, weight_a, weight_b, D, HEADS)
                 if NORM == 2:
-                    _store_pairs(row + D, d, d < D, bias_a, bias_b, D)
+                    _store_sums(row + D, bias_a, bias_b, D, HEADS)
         ga, gb = _load_pairs(grad_v + f * g_f, at_g, inside, D)
         if G > 0:
             pa, pb = _load_pairs(grad_pooled + 2 * p_c, at_pooled, patches, D)
@@ -407,8 +435,10 @@ def kind(norm: Tensor | None) -> int:
     return 0 if norm is None else norm.dim()
 
 
-def sizes_of(heads: int, width: int) -> dict[str, int]:
-    """Heads per program, and warps: 8 pairs to a thread."""
+def sizes_of(heads: int, width: int, sums: bool) -> dict[str, int]:
+    """Heads per program, and its warps. sums: whether values are summed over tokens: best within one warp."""
+    if sums:
+        return {"HEADS": 1, "num_warps": max(1, width // 64)}
     each = math.gcd(heads, 4)
     return {"HEADS": each, "num_warps": max(1, each * width // 32)}
 
@@ -428,8 +458,8 @@ def prepare(
     """Launch the forward kernel. tables: cos, sin, and of the blocks. fine: where to write q, k and maybe v, (F, H, L, D);
     pooled: q, k, v (F, H, G, D) or None. index: the frame of these that k and v belong to, if not each its own."""
     frames, length, _, heads, width = qkv.shape
-    sizes = sizes or sizes_of(heads, width)
     blocks = (length - specials) // BLOCK
+    sizes = sizes or sizes_of(heads, width, blocks > 0)
     q, k, v = (*fine, None)[:3]
     q_pooled, k_pooled, v_pooled = pooled or (None,) * 3
     _prepare[(frames * (blocks + triton.cdiv(specials, BLOCK)) * (heads // sizes["HEADS"]),)](
@@ -534,7 +564,7 @@ def prepare_backward(
     The norms' gradients are sums of each program's share: no atomics, the same in every run.
     """
     frames, length, _, heads, width = qkv.shape
-    sizes = sizes or sizes_of(heads, width)
+    sizes = sizes or sizes_of(heads, width, True)
     blocks = (length - specials) // BLOCK
     fine, pooled = grads[:3], torch.stack(grads[3:]) if blocks else None
     if len({x.stride() for x in fine}) > 1 or fine[0].stride(-1) != 1:
