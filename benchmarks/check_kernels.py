@@ -44,10 +44,11 @@ from speed3r_ros.kernels.qkv import (
     Slot,
     normalise_and_rotate_reference,
     normalise_and_rotate_triton,
+    prepare_backward,
     prepare_tokens_reference,
     prepare_tokens_triton,
 )
-from speed3r_ros.kernels.residual import AddNorm, add_norm_reference, add_norm_triton
+from speed3r_ros.kernels.residual import AddNorm, add_norm_reference, add_norm_triton, sizes_of
 from speed3r_ros.kernels.selected import (
     SelectedAttention,
     selected_attention_reference,
@@ -129,6 +130,7 @@ CASES = [
     Case("1000 views, causal", "causal", heads=2, frames=1000, resident=1000, blocks=3, specials=2, width=32, top_k=20),
 ]
 STEP = Case("CUDA graph", heads=6, frames=1, resident=11, banked=32, blocks=12, specials=4, top_k=32)
+WIDE = Case("Pi3 size, wide", heads=16, blocks=63, specials=5)
 TINY = [
     Case("tails", heads=2, frames=2, resident=3, blocks=2, specials=2, width=16, top_k=3),
     Case("bank, groups", heads=1, frames=1, resident=3, banked=2, blocks=3, specials=1, width=16, top_k=2, group=2),
@@ -388,6 +390,34 @@ def check_residual(case: Case, dtype: torch.dtype) -> Iterator[Row]:
             yield worst(case, f"{name}, backward", dtype, first, second, expected)
 
 
+def check_wide(case: Case, dtype: torch.dtype) -> Iterator[Row]:
+    """More than 2^31 values in a tensor: the last frame, forward and backward, against the same frame alone."""
+    d, h, length, s = case.width, case.heads, case.length, case.specials
+    frames = 2**31 // (length * 3 * h * d) + 2
+    qkv = torch.empty(frames, length, 3, h, d, dtype=dtype, device=DEVICE).normal_()
+    norms = [1 + 0.2 * torch.randn(d, device=DEVICE) for _ in range(2)]
+    tables = [torch.randn(1, n, 1, d, device=DEVICE) for n in [length] * 2 + [case.blocks] * 2]
+    for name, run, rest, blocks in (
+        ("pooled qkv", prepare_tokens_triton, [*tables, s], s),
+        ("qkv", normalise_and_rotate_triton, tables[:2], length),
+    ):
+        last = [x[-1:].clone() for x in run(qkv, *norms, *rest)]
+        alone = run(qkv[-1:].clone(), *norms, *rest)
+        yield worst(case, f"{name}, {frames} frames", dtype, last, alone, [x.double() for x in alone])
+        grads = list(run(qkv, *norms, *rest))  # any values of this shape
+        given = tables if name == "pooled qkv" else [*tables[:2], None, None]
+        last = prepare_backward(qkv, *norms, given, grads, blocks, 1e-6)[0][-1:].clone()
+        alone = prepare_backward(qkv[-1:].clone(), *norms, given, [x[-1:] for x in grads], blocks, 1e-6)[0]
+        del grads
+        yield worst(case, f"{name}, {frames} frames, backward", dtype, [last], [alone], [alone.double()])
+    x = torch.empty(frames * length, 3 * h * d, dtype=dtype, device=DEVICE).normal_()
+    weight, bias = torch.randn(2, x.shape[1], device=DEVICE)
+    sizes = sizes_of(len(x), x.shape[1])
+    last = [y[-length:].clone() for y in add_norm_triton(x, x, weight, bias, 1e-6, dtype, sizes=sizes)]
+    alone = add_norm_triton(x[-length:], x[-length:], weight, bias, 1e-6, dtype, sizes=sizes)
+    yield worst(case, f"sum, norm, {len(x)} rows", dtype, last, alone, [y.double() for y in alone])
+
+
 def gradients(run: Callable[..., object], inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
     """Of the output, or of the first one, times `weight`."""
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -478,6 +508,7 @@ CHECKS: dict[str, Callable[[Case, torch.dtype], Iterator[Row]]] = {
     "frames": check_frames,
     "qkv": check_qkv,
     "residual": check_residual,
+    "wide": check_wide,
     "backward": check_backward,
     "graph": check_graph,
 }
@@ -507,7 +538,7 @@ def main() -> int:
     """Run all cases; the number of misses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--kernels", nargs="*", default=[name for name in CHECKS if name != "graph"], choices=CHECKS)
+    parser.add_argument("--kernels", nargs="*", default=list(CHECKS), choices=CHECKS)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--workers", type=int, default=8 if CUDA else 0, help="processes; 0: none but this one")
     args = parser.parse_args()
@@ -520,13 +551,18 @@ def main() -> int:
     )
     dtypes = [torch.float32, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
     jobs = [
-        (args.kernels, case, dtype, args.seed + i)
+        (tuple(name for name in args.kernels if name not in ("graph", "wide")), case, dtype, args.seed + i)
         for i, case in enumerate(CASES if CUDA else TINY)
         for dtype in dtypes
         if args.only in case.name
     ]
-    if CUDA and args.only in STEP.name and args.kernels == parser.get_default("kernels"):
-        jobs += [(("graph",), STEP, dtype, args.seed) for dtype in dtypes]
+    if CUDA:
+        jobs += [
+            ((name,), case, dtype, args.seed)
+            for name, case in (("graph", STEP), ("wide", WIDE))
+            for dtype in (dtypes if name == "graph" else dtypes[1:])
+            if name in args.kernels and args.only in case.name
+        ]
     misses, complaints = 0, []
     pool = multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) if args.workers else None
     results = pool.imap(work, jobs) if pool else map(work, jobs)

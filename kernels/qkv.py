@@ -653,6 +653,11 @@ class PrepareTokens(torch.autograd.Function):
         return *prepare_backward(qkv, q_norm, k_norm, tables, grads, ctx.specials, ctx.eps), *[None] * 6
 
 
+def fused(x: Tensor) -> bool:
+    """Whether these kernels run for x; torch.compile fuses the plain operations itself."""
+    return on_kernels(x) and not torch.compiler.is_compiling()
+
+
 def differentiated(*inputs: Tensor | None) -> bool:
     """Whether autograd will ask for gradients of any of them."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -672,7 +677,7 @@ def normalise_and_rotate(
     over it; v is a view of it in any case. q_norm, k_norm: see the module's text. cos, sin: (1, L, 1, D), or None for no
     rotation. All arithmetic in float32. Raises ValueError on shapes that do not fit.
     """
-    if torch.compiler.is_compiling() or not on_kernels(qkv):  # a compiler fuses the plain operations itself
+    if not fused(qkv):
         return normalise_and_rotate_reference(qkv, q_norm, k_norm, cos, sin, eps)
     if differentiated(qkv, q_norm, k_norm):
         return NormaliseAndRotate.apply(qkv, q_norm, k_norm, cos, sin, eps)
@@ -700,7 +705,7 @@ def prepare_tokens(
     hold, of N and M frames, this one included. Raises ValueError on shapes that do not fit.
     """
     arguments = qkv, q_norm, k_norm, cos, sin, cos_pooled, sin_pooled, specials
-    if not on_kernels(qkv):
+    if not fused(qkv):
         return prepare_tokens_reference(*arguments, slot, eps)
     if slot is None and differentiated(qkv, q_norm, k_norm):
         return PrepareTokens.apply(*arguments, eps)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed3r_ros.kernels.frames import multiprocessors, on_kernels, tl, triton
-from speed3r_ros.kernels.qkv import differentiated
+from speed3r_ros.kernels.frames import multiprocessors, tl, triton
+from speed3r_ros.kernels.qkv import differentiated, fused
 
 
 def check(x: Tensor, branch: Tensor | None, *vectors: Tensor | None) -> None:
@@ -290,7 +290,7 @@ def add_norm(
     x, branch: (..., C), the branch of the same or a coarser type, or None: then the sum is x itself. weight, bias, gamma:
     (C,); gamma is LayerScale's, None for 1. All arithmetic in float32. Raises ValueError on shapes that do not fit.
     """
-    if torch.compiler.is_compiling() or not on_kernels(x):  # a compiler fuses the plain operations itself
+    if not fused(x):
         return add_norm_reference(x, branch, weight, bias, eps, dtype, gamma)
     if not differentiated(x, branch, weight, bias, gamma):
         return add_norm_triton(x, branch, weight, bias, eps, dtype, gamma)

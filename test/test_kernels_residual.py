@@ -76,7 +76,7 @@ def test_gradients_are_the_references(branch, gamma, sizes, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradient_of_one_result_alone(used, monkeypatch):
-    monkeypatch.setattr(residual, "on_kernels", lambda _: True)
+    monkeypatch.setattr(qkv, "on_kernels", lambda _: True)
     inputs = case((5, 64), torch.float32, True, True)
     grads = []
     for run in (add_norm, add_norm_reference):
@@ -107,8 +107,7 @@ def test_blocks_on_kernels_are_blocks_in_plain_torch(lowered, monkeypatch):
     results = []
     for kernels in (False, True):
         if kernels or DEVICE == "cpu":
-            for module in (qkv, residual):
-                monkeypatch.setattr(module, "on_kernels", lambda _, kernels=kernels: kernels)
+            monkeypatch.setattr(qkv, "on_kernels", lambda _, kernels=kernels: kernels)
         x, branch = (y.detach().requires_grad_() for y in inputs)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=lowered):
             x1, branch1 = blocks[0](x, branch, *tables[:2])
