@@ -19,7 +19,7 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,17 @@ from speed3r_ros.kernels.frames import (
     frame_attention_reference,
     frame_attention_triton,
 )
-from speed3r_ros.kernels.qkv import prepare_tokens_reference, prepare_tokens_triton
+from speed3r_ros.kernels.qkv import (
+    NormaliseAndRotate,
+    PrepareTokens,
+    Slot,
+    normalise_and_rotate_reference,
+    normalise_and_rotate_triton,
+    prepare_backward,
+    prepare_tokens_reference,
+    prepare_tokens_triton,
+)
+from speed3r_ros.kernels.residual import AddNorm, add_norm_reference, add_norm_triton, sizes_of
 from speed3r_ros.kernels.selected import (
     SelectedAttention,
     selected_attention_reference,
@@ -120,6 +130,7 @@ CASES = [
     Case("1000 views, causal", "causal", heads=2, frames=1000, resident=1000, blocks=3, specials=2, width=32, top_k=20),
 ]
 STEP = Case("CUDA graph", heads=6, frames=1, resident=11, banked=32, blocks=12, specials=4, top_k=32)
+WIDE = Case("Pi3 size, wide", heads=16, blocks=63, specials=5)
 TINY = [
     Case("tails", heads=2, frames=2, resident=3, blocks=2, specials=2, width=16, top_k=3),
     Case("bank, groups", heads=1, frames=1, resident=3, banked=2, blocks=3, specials=1, width=16, top_k=2, group=2),
@@ -280,20 +291,131 @@ def check_frames(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     yield compare(case.name, "frames", dtype, out[:, heads][:, :, frames], ref, terms, torch.equal(out, again))
 
 
-def check_qkv(case: Case, dtype: torch.dtype) -> Iterator[Row]:
-    """Pooling, normalisation and rotation."""
-    d, count = case.width, min(case.frames, 64)
-    qkv = torch.randn(count, case.length, 3, case.heads, d, device=DEVICE).to(dtype)
-    weights = [1 + 0.2 * torch.randn(d, device=DEVICE) for _ in range(2)]
-    tables = [torch.randn(1, n, 1, d, device=DEVICE) for n in [case.length] * 2 + [case.blocks] * 2]
-    poison()
-    first, second = (prepare_tokens_triton(qkv, *weights, *tables, case.specials) for _ in range(2))
-    ref = prepare_tokens_reference(qkv.double(), *weights, *tables, case.specials)
+def worst(case: Case, kernel: str, dtype: torch.dtype, *results: Sequence[Tensor]) -> Row:
+    """The worst of several outputs. results: of two runs of the kernel, and of the reference."""
     rows = [
-        compare(case.name, "qkv", dtype, a, r, r.abs().amax().expand_as(r), torch.equal(a, b))
-        for a, b, r in zip(first, second, ref)
+        compare(case.name, kernel, a.dtype, a, r, r.abs().amax().expand_as(r), torch.equal(a, b))
+        for a, b, r in zip(*results)
     ]
-    yield max(rows, key=lambda row: (row.failed, row.relative))
+    row = max(rows, key=lambda row: (row.failed, row.relative))
+    row.dtype = dtype
+    return row
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same in float64."""
+    return [None if x is None else x.double() for x in tensors]
+
+
+def check_qkv(case: Case, dtype: torch.dtype) -> Iterator[Row]:
+    """Normalisation and rotation, with pooling and without, all kinds of norms, forward and backward."""
+    d, count, length, s = case.width, min(case.frames, 16), case.length, case.specials
+    qkv = torch.randn(count, length, 3, case.heads, d, device=DEVICE).to(dtype)
+    tables = [torch.randn(1, n, 1, d, device=DEVICE) for n in [length] * 2 + [case.blocks] * 2]
+    for name, shape, rotated in (("RMS norm", (d,), True), ("layer norm", (2, d), True), ("layer norm", (2, d), False)):
+        norms = [torch.ones(shape, device=DEVICE) + 0.2 * torch.randn(shape, device=DEVICE) for _ in range(2)]
+        angles = tables if rotated else [None] * 4
+        name += "" if rotated else " alone"
+        runs: list[tuple[str, Callable[..., tuple[Tensor, ...]], Callable, Callable, list]] = [
+            ("pooled qkv", prepare_tokens_triton, PrepareTokens.apply, prepare_tokens_reference, [*angles, s]),
+            ("qkv", normalise_and_rotate_triton, NormaliseAndRotate.apply, normalise_and_rotate_reference, angles[:2]),
+        ]
+        for kernel, run, differentiable, reference, rest in runs:
+            poison()
+            first, second = (run(qkv, *norms, *rest) for _ in range(2))
+            yield worst(case, f"{kernel}, {name}", dtype, first, second, reference(*double(qkv, *norms), *rest))
+            weights = [torch.randn(x.shape, device=DEVICE).to(dtype) for x in first]
+            poison()
+            inputs = [x.detach().requires_grad_() for x in (qkv, *norms)]
+            outs = [differentiable(*inputs, *rest) for _ in range(2)]
+            first, second = (torch.autograd.grad(out, inputs, weights) for out in outs)
+            inputs = [x.detach().requires_grad_() for x in double(qkv, *norms)]
+            expected = torch.autograd.grad(reference(*inputs, *rest), inputs, double(*weights))
+            yield worst(case, f"{kernel}, {name}, backward", dtype, first, second, expected)
+    given = qkv.clone()
+    out = normalise_and_rotate_triton(qkv, *norms, *tables[:2])
+    again = normalise_and_rotate_triton(given, *norms, *tables[:2], out=given)
+    yield worst(
+        case, "qkv, in place", dtype, again, out, normalise_and_rotate_reference(*double(qkv, *norms), *tables[:2])
+    )
+    slot = Slot(
+        torch.full((2, case.heads, 3, length, d), torch.nan, dtype=dtype, device=DEVICE),
+        torch.full((2, case.heads, 4, case.blocks, d), torch.nan, dtype=dtype, device=DEVICE),
+        torch.tensor([1], device=DEVICE),
+    )
+    out = prepare_tokens_triton(qkv[:1], *norms, *tables, s)
+    again = list(prepare_tokens_triton(qkv[:1], *norms, *tables, s, slot))
+    for i in (1, 2, 4, 5):
+        again[i] = again[i][1:2]
+    row = worst(case, "pooled qkv, into a slot", dtype, again, out, [x.double() for x in out])
+    if not all(x[:, :, [0, 2]].isnan().all() for x in slot[:2]):
+        row.note, row.failed = f"{row.note} other slots written".strip(), True
+    yield row
+
+
+def check_residual(case: Case, dtype: torch.dtype) -> Iterator[Row]:
+    """Sum and layer norm, forward and backward; as many channels as the case has, and one less."""
+    for channels in (case.heads * case.width, case.heads * case.width - 1):
+        shape = min(case.frames, 16), case.length, channels
+        x = 1 + 2 * torch.randn(shape, device=DEVICE)
+        branch = torch.randn(shape, device=DEVICE).to(dtype)
+        weight, bias, gamma = 1 + 0.2 * torch.randn(3, channels, device=DEVICE)
+        for name, inputs in (
+            ("sum, norm", (x, branch, weight, bias, None)),
+            ("scaled sum, norm", (x, branch, weight, bias, gamma)),
+            ("norm", (x, None, weight, bias, None)),
+        ):
+
+            def call(run: Callable[..., object], out: torch.dtype, *given: Tensor | None) -> tuple[Tensor, ...]:
+                """All results that are not inputs."""
+                results = run(*given[:4], 1e-6, out, given[4])
+                results = (results,) if isinstance(results, Tensor) else results
+                return results if given[1] is not None else results[-1:]
+
+            name = f"{name}, {channels}"
+            poison()
+            first, second = (call(add_norm_triton, dtype, *inputs) for _ in range(2))
+            expected = call(add_norm_reference, torch.float64, *double(*inputs))
+            yield worst(case, name, dtype, first, second, expected)
+            weights = [torch.randn(y.shape, device=DEVICE).to(y.dtype) for y in first]
+            poison()
+            leaves = [None if y is None else y.detach().requires_grad_() for y in inputs]
+            asked = [y for y in leaves if y is not None]
+            outs = [call(AddNorm.apply, dtype, *leaves) for _ in range(2)]
+            first, second = (torch.autograd.grad(out, asked, weights) for out in outs)
+            leaves = [None if y is None else y.detach().requires_grad_() for y in double(*inputs)]
+            asked = [y for y in leaves if y is not None]
+            out = call(add_norm_reference, torch.float64, *leaves)
+            expected = torch.autograd.grad(out, asked, double(*weights))
+            yield worst(case, f"{name}, backward", dtype, first, second, expected)
+
+
+def check_wide(case: Case, dtype: torch.dtype) -> Iterator[Row]:
+    """More than 2^31 values in a tensor: the last frame, forward and backward, against the same frame alone."""
+    d, h, length, s = case.width, case.heads, case.length, case.specials
+    frames = 2**31 // (length * 3 * h * d) + 2
+    qkv = torch.empty(frames, length, 3, h, d, dtype=dtype, device=DEVICE).normal_()
+    norms = [1 + 0.2 * torch.randn(d, device=DEVICE) for _ in range(2)]
+    tables = [torch.randn(1, n, 1, d, device=DEVICE) for n in [length] * 2 + [case.blocks] * 2]
+    for name, run, rest, blocks in (
+        ("pooled qkv", prepare_tokens_triton, [*tables, s], s),
+        ("qkv", normalise_and_rotate_triton, tables[:2], length),
+    ):
+        last = [x[-1:].clone() for x in run(qkv, *norms, *rest)]
+        alone = run(qkv[-1:].clone(), *norms, *rest)
+        yield worst(case, f"{name}, {frames} frames", dtype, last, alone, [x.double() for x in alone])
+        grads = list(run(qkv, *norms, *rest))  # any values of this shape
+        given = tables if name == "pooled qkv" else [*tables[:2], None, None]
+        last = prepare_backward(qkv, *norms, given, grads, blocks, 1e-6)[0][-1:].clone()
+        alone = prepare_backward(qkv[-1:].clone(), *norms, given, [x[-1:] for x in grads], blocks, 1e-6)[0]
+        del grads
+        yield worst(case, f"{name}, {frames} frames, backward", dtype, [last], [alone], [alone.double()])
+    x = torch.empty(frames * length, 3 * h * d, dtype=dtype, device=DEVICE).normal_()
+    weight, bias = torch.randn(2, x.shape[1], device=DEVICE)
+    sizes = sizes_of(len(x), x.shape[1])
+    last = [y[-length:].clone() for y in add_norm_triton(x, x, weight, bias, 1e-6, dtype, sizes=sizes)]
+    alone = add_norm_triton(x[-length:], x[-length:], weight, bias, 1e-6, dtype, sizes=sizes)
+    yield worst(case, f"sum, norm, {len(x)} rows", dtype, last, alone, [y.double() for y in alone])
 
 
 def gradients(run: Callable[..., object], inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
@@ -385,6 +507,8 @@ CHECKS: dict[str, Callable[[Case, torch.dtype], Iterator[Row]]] = {
     "attention": check_attention,
     "frames": check_frames,
     "qkv": check_qkv,
+    "residual": check_residual,
+    "wide": check_wide,
     "backward": check_backward,
     "graph": check_graph,
 }
@@ -414,6 +538,7 @@ def main() -> int:
     """Run all cases; the number of misses."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--kernels", nargs="*", default=list(CHECKS), choices=CHECKS)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--workers", type=int, default=8 if CUDA else 0, help="processes; 0: none but this one")
     args = parser.parse_args()
@@ -426,13 +551,18 @@ def main() -> int:
     )
     dtypes = [torch.float32, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
     jobs = [
-        (("attention", "frames", "qkv", "backward"), case, dtype, args.seed + i)
+        (tuple(name for name in args.kernels if name not in ("graph", "wide")), case, dtype, args.seed + i)
         for i, case in enumerate(CASES if CUDA else TINY)
         for dtype in dtypes
         if args.only in case.name
     ]
-    if CUDA and args.only in STEP.name:
-        jobs += [(("graph",), STEP, dtype, args.seed) for dtype in dtypes]
+    if CUDA:
+        jobs += [
+            ((name,), case, dtype, args.seed)
+            for name, case in (("graph", STEP), ("wide", WIDE))
+            for dtype in (dtypes if name == "graph" else dtypes[1:])
+            if name in args.kernels and args.only in case.name
+        ]
     misses, complaints = 0, []
     pool = multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) if args.workers else None
     results = pool.imap(work, jobs) if pool else map(work, jobs)

@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py                 # tables
     python benchmarks/kernels.py --tune          # tile sizes of the main kernels instead
+    python benchmarks/kernels.py --passes        # only the passes between matrix products; also with --tune
 
 TFLOP/s count 4 * width operations for each pair of a query and a key that the method asks for. The floor of a row is the
 longer of these operations at the rate of a bf16 matrix product of 8192 and of its bytes (inputs read once, outputs written
@@ -28,7 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speed3r_ros.kernels.coarse import CoarseAttention, coarse_attention_triton
 from speed3r_ros.kernels.frames import FrameAttention, Visible, frame_attention_triton, list_frames
-from speed3r_ros.kernels.qkv import prepare_tokens_triton
+from speed3r_ros.kernels.qkv import (
+    normalise_and_rotate_reference,
+    normalise_and_rotate_triton,
+    prepare_backward,
+    prepare_tokens_reference,
+    prepare_tokens_triton,
+)
+from speed3r_ros.kernels.residual import add_norm_backward, add_norm_reference, add_norm_triton
 from speed3r_ros.kernels.selected import SelectedAttention, selected_attention_triton
 
 CUDA = torch.cuda.is_available()
@@ -297,6 +305,133 @@ def backward(model: Model, views: int) -> None:
         timed("selected attention", pairs, run, [*tokens, x.compressed, x.gate], base)
 
 
+@dataclass
+class Pass:
+    """Work bound by memory: the bytes it must move, the kernel (given tile sizes or None), and plain torch."""
+
+    name: str
+    moved: int
+    kernel: Callable[[dict[str, int] | None], object]
+    eager: Callable[[], object]
+    sizes: list[dict[str, int]]
+
+
+def differentiate(reference: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> Callable[[], object]:
+    """The backward pass of a reference by autograd; its forward pass runs at the first call."""
+
+    @functools.cache
+    def graph() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = [x for x in reference(*leaves) if x.requires_grad]
+        return out, leaves, [torch.randn_like(x) for x in out]
+
+    def run() -> object:
+        with torch.inference_mode(False), torch.enable_grad():
+            out, leaves, grads = graph()
+            return torch.autograd.grad(out, leaves, grads, retain_graph=True)
+
+    return run
+
+
+def passes(model: Model, views: int) -> list[Pass]:
+    """What one frame block and one global block do besides matrix products and attention."""
+    h, d, s, length, channels = model.heads, model.width, model.specials, model.length, model.heads * model.width
+    with torch.inference_mode(False):
+        qkv = rand(views, length, 3, h, d)
+        norms = [torch.ones(d, device=DEVICE) for _ in range(2)]
+        tables = [torch.randn(1, n, 1, d, device=DEVICE) for n in [length] * 2 + [model.blocks] * 2]
+        x = torch.randn(views, length, channels, device=DEVICE)
+        branch = rand(views, length, channels)
+        affine = [torch.ones(channels, device=DEVICE) for _ in range(2)]
+        wide = rand(views, length, 4 * channels)
+    fine = [y.transpose(1, 2) for y in rand(3, views, length, h, d)]
+    pooled = list(rand(3, views, h, model.blocks, d))
+    grad_x = torch.randn_like(x)
+    none = (None, None)
+    heads = [{"HEADS": n, "num_warps": w} for n in (1, 2, 4, 8) if h % n == 0 for w in (1, 2, 4, 8)]
+    columns = 1 << (channels - 1).bit_length()
+    rows = [{"ROWS": r, "COLUMNS": columns, "num_warps": w} for r in (1, 2, 4, 8) for w in (1, 2, 4, 8)]
+
+    def norm_sum(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return add_norm_reference(x, branch, weight, bias, 1e-6, DTYPE)
+
+    of_qkv = [qkv, *norms]
+    return [
+        Pass(
+            "norm and rotation, in place",
+            4 * size(qkv) // 3,
+            lambda n: normalise_and_rotate_triton(*of_qkv, *tables[:2], out=qkv, sizes=n),
+            lambda: normalise_and_rotate_reference(*of_qkv, *tables[:2]),
+            heads,
+        ),
+        Pass(
+            "norm and rotation, backward",
+            8 * size(qkv) // 3,
+            lambda n: prepare_backward(*of_qkv, (*tables[:2], *none), fine, length, 1e-6, n),
+            differentiate(lambda *y: normalise_and_rotate_reference(*y, *tables[:2]), of_qkv),
+            heads,
+        ),
+        Pass(
+            "pooling, norm and rotation",
+            33 * size(qkv) // 16,
+            lambda n: prepare_tokens_triton(*of_qkv, *tables, s, sizes=n),
+            lambda: prepare_tokens_reference(*of_qkv, *tables, s),
+            heads,
+        ),
+        Pass(
+            "pooling, norm and rotation, backward",
+            131 * size(qkv) // 48,
+            lambda n: prepare_backward(*of_qkv, tables, [*fine, *pooled], s, 1e-6, n),
+            differentiate(lambda *y: prepare_tokens_reference(*y, *tables, s), of_qkv),
+            heads,
+        ),
+        Pass(
+            "sum and layer norm",
+            2 * size(x, branch),
+            lambda n: add_norm_triton(x, branch, *affine, 1e-6, DTYPE, sizes=n),
+            lambda: norm_sum(x, branch, *affine),
+            rows,
+        ),
+        Pass(
+            "sum and layer norm, backward",
+            size(x, x, x, branch, branch),
+            lambda n: add_norm_backward(x, None, None, affine[0], 1e-6, grad_x, branch, branch.dtype, n),
+            differentiate(norm_sum, [x, branch, *affine]),
+            rows,
+        ),
+        Pass(
+            "layer norm alone",
+            size(x, branch),
+            lambda n: add_norm_triton(x, None, *affine, 1e-6, DTYPE, sizes=n),
+            lambda: add_norm_reference(x, None, *affine, 1e-6, DTYPE),
+            rows,
+        ),
+        Pass("GELU, in plain torch", 2 * size(wide), lambda n: F.gelu(wide), lambda: F.gelu(wide), []),
+    ]
+
+
+def time_passes(model: Model, views: int, tuned: bool) -> None:
+    """Each pass beside plain torch, or at all tile sizes. A single view is timed in a CUDA graph."""
+    print(f"\n### {model.name}, {views} views: passes between matrix products\n")
+    print("| work | ms | TB/s | of a copy | plain torch, ms | times |\n| --- | --- | --- | --- | --- | --- |")
+
+    def timed(run: Callable[[], object]) -> float:
+        try:
+            return graph_milliseconds(run) if views == 1 else milliseconds(run)
+        except Exception:
+            traceback.print_exc(limit=-3)
+            return float("nan")
+
+    for work in passes(model, views):
+        eager = timed(work.eager) if not tuned else float("nan")
+        if CUDA:
+            torch.cuda.empty_cache()
+        for sizes in work.sizes if tuned else [None]:
+            ms = timed(lambda: work.kernel(sizes))  # noqa: B023
+            share = f"{100 * work.moved / ms / ceilings()[1]:.0f} %"
+            line(f"{work.name} {sizes or ''}".strip(), ms, work.moved / ms / 1e9, share, eager, eager / ms)
+
+
 def tune(model: Model, views: int) -> None:
     """Times of tile sizes."""
     h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
@@ -334,12 +469,18 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tune", action="store_true", help="try tile sizes at 128 views instead")
+    parser.add_argument("--passes", action="store_true", help="only the passes between matrix products")
     parser.add_argument("--views", type=int, nargs="*", default=[32, 128, 512, 1024])
     parser.add_argument("--dense-up-to", type=int, default=128, help="views up to which dense attention is timed")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name() if CUDA else 'interpreter'}, torch {torch.__version__}")
     operations, moved = ceilings()
     print(f"matrix product {operations / 1e9:.0f} TFLOP/s, copy {moved / 1e9:.2f} TB/s")
+    if args.passes:
+        for model, counts in ((PI3, (1, 32, 1024)), (COMPACT, (1, 48))) if CUDA else ((TINY, (1, 2)),):
+            for views in counts[: 2 if args.tune else None]:
+                time_passes(model, views, args.tune)
+        return
     if args.tune:
         tune(PI3 if CUDA else TINY, 128 if CUDA else 2)
         return

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from speed3r_ros.model.attention import Tokens
+from speed3r_ros.kernels.qkv import Slot
 
 
 class Schedule:
@@ -157,12 +157,6 @@ class Memory:
         """The newest frame is a keyframe: it will outlive the window."""
         self.schedule.keep()
 
-    def write(self, layer: int, k: Tensor, v: Tensor, k_pooled: Tensor, v_pooled: Tensor) -> tuple[Tokens, Tokens]:
-        """Store the newest frame's k, v (H, L, D) and pooled (H, G, D); return all keys and values of the layer."""
-        for i, (x, pooled) in enumerate(
-            ((k, k_pooled), (v, v_pooled))
-        ):  # the slot is a tensor: a CUDA graph can replay it
-            self._fine[i, layer].index_copy_(1, self._slot, x[:, None])
-            self._pooled[i, layer].index_copy_(1, self._slot, pooled[:, None])
-        fine, pooled = self._fine[:, layer].flatten(2, 3), self._pooled[:, layer].flatten(2, 3)
-        return Tokens(fine[0][None], pooled[0][None]), Tokens(fine[1][None], pooled[1][None])
+    def slot(self, layer: int) -> Slot:
+        """Where a layer's keys and values of the newest frame go, among those of all frames."""
+        return Slot(self._fine[:, layer], self._pooled[:, layer], self._slot)  # a tensor: a CUDA graph can replay it

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
-from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
+from speed3r_ros.kernels.qkv import BLOCK, Slot, normalise_and_rotate, prepare_tokens
+from speed3r_ros.kernels.residual import add_norm
 from speed3r_ros.model.attention import STRATEGIES, Tokens
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.quantised import Int8Linear
@@ -89,8 +90,17 @@ def compute_dtype(layer: nn.Linear | Int8Linear) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
 
 
+def norm_sum(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x + branch, and its layer norm as `dtype`, (..., C) each; without a branch x itself."""
+    return add_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block with attention inside each frame; residual stream in float32."""
+    """Pre-norm transformer block with attention inside each frame; residual stream in float32.
+
+    Its input and output are sums of a residual and a branch that are still to be added (no branch: None), because the next
+    norm adds them in the pass that it makes anyway.
+    """
 
     def __init__(self, channels: int, head_width: int, qk_gain: float, residual_gain: float) -> None:
         super().__init__()
@@ -110,21 +120,20 @@ class Block(nn.Module):
         """Normalised input (F, L, C) -> raw qkv (F, L, 3, H, D)."""
         return self.qkv(h).unflatten(-1, (3, -1, self.head_width))
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input (F, L, C) -> q, k, v (F, H, L, D)."""
-        qkv = self.project(self.norm1(x).to(compute_dtype(self.qkv)))
-        qk = normalise_and_rotate(qkv[:, :, :2].float(), self.q_norm, self.k_norm, cos, sin).to(qkv.dtype)
-        return *qk.transpose(1, 3).unbind(2), qkv[:, :, 2].transpose(1, 2)
+    def before(self, x: Tensor, branch: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Input (F, L, C) -> residual (F, L, C), q, k, v (F, H, L, D)."""
+        x, h = norm_sum(self.norm1, x, branch, compute_dtype(self.qkv))
+        return x, *normalise_and_rotate(self.project(h), self.q_norm, self.k_norm, cos, sin)
 
-    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+    def after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C)."""
-        x = x + self.proj(attended.transpose(1, 2).flatten(2)).float()
-        h = self.norm2(x).to(attended.dtype)
-        return x + self.fc2(F.gelu(self.fc1(h))).float()
+        branch = self.proj(attended.transpose(1, 2).flatten(2))
+        x, h = norm_sum(self.norm2, x, branch, compute_dtype(self.fc1))
+        return x, self.fc2(F.gelu(self.fc1(h)))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """(F, L, C) -> (F, L, C)."""
-        q, k, v = self.before(x, cos, sin)
+        x, q, k, v = self.before(x, branch, cos, sin)
         return self.after(x, F.scaled_dot_product_attention(q, k, v))
 
 
@@ -139,15 +148,28 @@ class GlobalBlock(Block):
         with torch.no_grad():  # compression starts at sigmoid(-1), selection at sigmoid(1), as released
             self.gate.bias.copy_(torch.tensor([-1.0, 1.0]).repeat(channels // head_width))
 
-    def before_global(self, x: Tensor, cos: Tensor, sin: Tensor, cos_g: Tensor, sin_g: Tensor) -> tuple[Tensor, ...]:
-        """(F, L, C) -> fine q, k, v (F, H, L, D), pooled q, k, v (F, H, G, D), gate (F, H, L, 2)."""
-        h = self.norm1(x).to(compute_dtype(self.qkv))
-        qkv = self.project(h)
-        gate = self.gate(h).float().sigmoid().to(qkv.dtype).unflatten(-1, (-1, 2)).transpose(1, 2)
-        return *prepare_tokens(qkv, self.q_norm, self.k_norm, cos, sin, cos_g, sin_g, self.specials), gate
+    def before_global(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cos_g: Tensor,
+        sin_g: Tensor,
+        slot: Slot | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(F, L, C) -> residual (F, L, C), fine q, k, v (F, H, L, D), pooled q, k, v (F, H, G, D), gate (F, H, L, 2).
+
+        With a slot, keys and values go there and are those of all frames that its buffers hold.
+        """
+        x, h = norm_sum(self.norm1, x, branch, compute_dtype(self.qkv))
+        gate = self.gate(h).sigmoid().unflatten(-1, (-1, 2)).transpose(1, 2)
+        tables = cos, sin, cos_g, sin_g
+        tokens = prepare_tokens(self.project(h), self.q_norm, self.k_norm, *tables, self.specials, slot)
+        return x, *tokens, gate
 
 
-Attend = Callable[[int, tuple[Tensor, ...]], Tensor]
+Attend = Callable[..., Tensor]  # q, k, v, pooled q, k, v, gate of a global block -> attended (F, H, L, D)
 
 
 class Network(nn.Module):
@@ -280,31 +302,38 @@ class Network(nn.Module):
         x = self.patch_norm(patches + embedding)
         special = (self.special_tokens + self.first_frame * first[:, None, None]).to(x.dtype)
         x = torch.cat([special, x], 1)
+        branch = None
         for block in self.encoder:
-            x = block(x, self.cos, self.sin)
+            x, branch = block(x, branch, self.cos, self.sin)
+        x = x if branch is None else x + branch
         descriptor = self.describe(x[:, cfg.specials :].to(self.describe.weight.dtype)).float()[:, self.inverse_order]
         scale = self.match_scale.exp().clamp(max=60).sqrt()
         return x, stem, F.normalize(descriptor, dim=-1) * scale
 
-    def trunk(self, x: Tensor, attend: Attend) -> Tensor:
-        """Alternate attention inside frames and across them; `attend` supplies the frames that may be seen."""
+    def trunk(self, x: Tensor, attend: Attend, memory: Memory | None = None) -> Tensor:
+        """Alternate attention inside frames and across them; `attend` grants frames of this call, or of the memory."""
+        branch = None
         for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks)):
-            x = frame_block(x, self.cos, self.sin)
-            tokens = global_block.before_global(x, self.cos, self.sin, self.cos_g, self.sin_g)
-            x = global_block.after(x, attend(i, tokens))
-        return x
+            x, branch = frame_block(x, branch, self.cos, self.sin)
+            slot = None if memory is None else memory.slot(i)
+            tables = self.cos, self.sin, self.cos_g, self.sin_g
+            x, *tokens = global_block.before_global(x, branch, *tables, slot)
+            x, branch = global_block.after(x, attend(*tokens))
+        return x if branch is None else x + branch
 
     def heads(
         self, x: Tensor, stem: Tensor, rays: Tensor | None, known: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (F, L, C) -> points (F, 3, H, W), confidence logit (F, H, W), camera vector (F, 11)."""
         cfg, (h, w) = self.config, self.config.grid
-        y = self.point_norm(self.point_block(x, self.cos, self.sin)[:, cfg.specials :])[:, self.inverse_order]
-        y = self.point_expand(y.to(self.point_expand.weight.dtype)).transpose(1, 2).unflatten(2, (h, w))
+        y = self.point_block(x, None, self.cos, self.sin)
+        y = norm_sum(self.point_norm, *y, compute_dtype(self.point_expand))[1]
+        y = self.point_expand(y[:, cfg.specials :][:, self.inverse_order]).transpose(1, 2).unflatten(2, (h, w))
         y = torch.cat([F.pixel_shuffle(y, cfg.patch // 2), stem], 1).contiguous(memory_format=torch.channels_last)
         y = F.gelu(self.point_conv1(y))
         y = F.gelu(self.point_conv2(y))
-        c = self.camera_norm(self.camera_block(x, self.cos, self.sin))
+        c = self.camera_block(x, None, self.cos, self.sin)
+        c = norm_sum(self.camera_norm, *c, torch.float32)[1]
         c = torch.cat([c[:, 0], c[:, cfg.specials :].mean(1)], -1)
         with torch.autocast(x.device.type, enabled=False):
             y = F.pixel_shuffle(F.conv2d(y.float(), self.point_conv3.weight, self.point_conv3.bias), 2)
@@ -333,6 +362,21 @@ class Network(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ the two forms
 
+    def _attend(self, batch: int, fine: Visible, coarse: Visible, attention: str, top_k: int) -> Attend:
+        """Attention across the frames of B sequences; queries of B * T frames, keys and values of as many as they have."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, q_g: Tensor, k_g: Tensor, v_g: Tensor, gate: Tensor) -> Tensor:
+            frames = len(q) // batch
+            q, k, v, q_g, k_g, v_g, gate = (
+                y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for y in (q, k, v, q_g, k_g, v_g, gate)
+            )
+            out = STRATEGIES[attention](
+                Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g), fine, coarse, self.config.specials, top_k
+            )
+            return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
+
+        return attend
+
     def forward(
         self,
         images: Tensor,
@@ -351,18 +395,8 @@ class Network(nn.Module):
         batch, frames = images.shape[:2]
         flat = None if rays is None else (rays.flatten(0, 1), known.flatten(0, 1))
         first = (torch.arange(frames, device=images.device) == 0).repeat(batch)
-        visible = Visible(fine), Visible(coarse)
         x, stem, descriptor = self.encode(images.flatten(0, 1), *(flat or (None, None)), first)
-
-        def attend(_: int, tokens: tuple[Tensor, ...]) -> Tensor:
-            q, k, v, q_g, k_g, v_g, gate = (
-                y.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3) for y in tokens
-            )
-            out = STRATEGIES[attention](
-                Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g), *visible, self.config.specials, top_k
-            )
-            return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
-
+        attend = self._attend(batch, Visible(fine), Visible(coarse), attention, top_k)
         return self._predict(batch, self.trunk(x, attend), stem, descriptor, *(flat or (None, None)))
 
     def step(
@@ -383,11 +417,6 @@ class Network(nn.Module):
             rays = rays[None]
             known = torch.ones(1, dtype=torch.bool, device=image.device) if known is None else known
         x, stem, descriptor = self.encode(image[None], rays, known, memory.first)
-        visible = Visible(memory.fine), Visible(memory.coarse)  # made here, so that a CUDA graph makes them anew
-
-        def attend(layer: int, tokens: tuple[Tensor, ...]) -> Tensor:
-            q, k, v, q_g, k_g, v_g, gate = tokens
-            keys, values = memory.write(layer, k[0], v[0], k_g[0], v_g[0])
-            return STRATEGIES[attention](Tokens(q, q_g, gate), keys, values, *visible, self.config.specials, top_k)
-
-        return self._predict(1, self.trunk(x, attend), stem, descriptor, rays, known)
+        # the lists of visible frames are made here, so that a CUDA graph makes them anew
+        attend = self._attend(1, Visible(memory.fine), Visible(memory.coarse), attention, top_k)
+        return self._predict(1, self.trunk(x, attend, memory), stem, descriptor, rays, known)
