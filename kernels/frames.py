@@ -155,7 +155,6 @@ if triton is not None:
         D: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
-        SPLITS: tl.constexpr,
         TILE: tl.constexpr,
         SCORES: tl.constexpr,
         VALUES: tl.constexpr,
@@ -187,7 +186,7 @@ if triton is not None:
         words += listed.to(tl.int64) * N
         total = tl.load(counts + listed * 2 + 1) * Y_PADDED
         full = tl.load(counts + listed * 2) * Y_PADDED // BN
-        share = tl.cdiv(tl.cdiv(total, BN), SPLITS)
+        share = tl.cdiv(tl.cdiv(total, BN), tl.num_programs(2))
         low = split * share
         high = tl.minimum(low + share, tl.cdiv(total, BN))
 
@@ -616,7 +615,6 @@ def frame_attention_triton(
         Y=y,
         Y_PADDED=padded,
         D=d,
-        SPLITS=splits,
         TILE=tile,
         SCORES=maxima is not None,
         VALUES=values,
