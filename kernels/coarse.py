@@ -244,7 +244,10 @@ def tile_size(resident: int, blocks: int) -> int:
 
 def coarse_sizes(frames: int, rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes of the coarse attention, see `frames.tile_sizes`."""
-    return tile_sizes(frames, rows, keys, width, dtype)
+    sizes = tile_sizes(frames, rows, keys, width, dtype)
+    if frames == 1 and sizes["BN"] == 128:  # notes no scores of most keys, which a tile of one frame can skip
+        sizes |= {"BN": 64, "num_stages": 3}
+    return sizes
 
 
 def choice_sizes(width: int) -> dict[str, int]:
