@@ -252,7 +252,7 @@ def coarse_sizes(frames: int, rows: int, keys: int, width: int, dtype: torch.dty
 
 def choice_sizes(width: int) -> dict[str, int]:
     """Warps of a row's choice among `width` stored maxima (a power of two), and stages of the loads of keys."""
-    return {"num_warps": max(1, min(8, width // 2048)), "STAGES": 2}
+    return {"num_warps": 1 if width <= 2048 else min(8, width // 1024), "STAGES": 3}
 
 
 def coarse_attention_triton(
