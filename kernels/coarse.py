@@ -1,11 +1,11 @@
 """Coarse attention among pooled tokens and the choice of key blocks (Speed3R, section 3): Triton kernels and reference.
 
 The attention also notes the largest score of every row among each tile of neighbouring key blocks. The K best key blocks of
-a row lie in the K tiles with the largest maxima, and those in the K frames with the largest ones (each of them holds a
-block that beats whatever lies elsewhere; ties go to the lower index in every order). So a second kernel, one program per
-row, narrows the choice from frames to tiles to blocks, of which only the last K tiles' are scored again. Among few blocks
-the scores themselves are noted, as tiles of one. Each narrowing finds its threshold by bisection on the bits of the scores:
-any K, exact, and the same in every run.
+a row lie in the K tiles with the largest maxima (each of them holds a block that beats whatever lies elsewhere; ties go to
+the lower index in both orders). So a second kernel, one program per row, narrows the choice from tiles to blocks, of which
+only those tiles' are scored again. Among few blocks the scores themselves are noted, as tiles of one. Each narrowing finds
+its threshold by bisection on the bits of the scores, from a bracket that the maxima of a few groups of them give: any K,
+exact, and the same in every run. That kernel also joins the shares of an attention whose keys were split.
 
 Shape letters: see `frames`; G = blocks per frame, M >= N frames with pooled tokens, of which the first N are resident.
 """
@@ -83,7 +83,7 @@ if triton is not None:
         At first `count` of them do: K at least, or all that there are.
         """
         high = tl.max(rank, 0) + 1  # fewer than K reach it
-        # The K-th is often beyond half of the best (of floats: one exponent less).
+        # the K-th is often beyond half of the best, which is one exponent less
         middle = tl.maximum(tl.where(high > 0x1000000, high - 0x800000, low), (low & high) + ((low ^ high) >> 1))
         while (count > K) & (high - low != 1):
             reach = tl.sum((rank >= middle).to(tl.int32), 0)

@@ -3,7 +3,7 @@
 Special queries attend densely, which is `frames.frame_attention`. The 16 queries of a patch block attend to the special
 tokens of the frames that they see and to the tokens of their chosen blocks; the epilogue adds the gated compressed output.
 Where the special tokens are many, a dense launch of their own passes its softmax state on; where they are few, each block
-of queries reads them along.
+of queries reads them along. What needs no choice of blocks may begin before it is made (`begin_selected`).
 
 16 queries per gathered key do 16 operations per byte, which the cache in front of the multiprocessors cannot feed at the
 rate of the tensor cores; `group` lets neighbouring blocks share a selection and thereby their keys. Each warp owns the 16
