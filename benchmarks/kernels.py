@@ -348,11 +348,7 @@ def candidates() -> list[Trial]:
             shapes += [sizes(64, 64, 4, 3, 168)] if views == 0 else [sizes(128, 64, 8, 3), sizes(128, 64, 4, 3)]
             for shape, splits in itertools.product(shapes, (8, 16, 24, 32) if views == 0 else (None,)):
                 trials.append(Trial(views, "attention", tile, shape, splits))
-            frames = views or PI3.window + PI3.anchors + 1
-            width = 2 ** ((frames - 1).bit_length() + (-(-PI3.blocks // tile) - 1).bit_length())
-            fewest = max(1, width // 2048)
-            for warps, stages in itertools.product((fewest, 2 * fewest, 4 * fewest), (1, 3) if tile > 1 else (1,)):
-                trials.append(Trial(views, "choice", tile, (("num_warps", warps), ("STAGES", stages))))
+            trials.append(Trial(views, "choice", tile))
     bare = replace(PI3, specials=0)
     for blocks, warps, stages in [
         (1, 1, 3), (1, 1, 5), (2, 1, 3), (2, 1, 4), (2, 1, 5), (4, 1, 2), (4, 1, 3), (4, 2, 3), (8, 2, 2), (8, 4, 2),
@@ -394,7 +390,7 @@ def bound(trial: Trial) -> Callable[[], object]:
             return lambda: attend(splits=trial.splits, sizes=sizes)
         index = torch.empty(1, q.shape[1], rows, model.top_k, dtype=torch.int32, device=DEVICE)
         shares = attend(splits=16 if trial.views == 0 else 1)
-        rest = index, trial.tile, *shares, torch.empty_like(q), sizes
+        rest = index, trial.tile, *shares, torch.empty_like(q)
         return lambda: select(maxima, q, k, coarse.table, fine.table, *rest)
     tokens = x.q, x.k, x.v
     if trial.part == "special queries":
@@ -429,7 +425,7 @@ def sweep() -> None:
     """Times of tile sizes, warps, stages and shares; best first, per part and size."""
     trials = candidates() if CUDA else [
         Trial(0, "attention", 2, (("BM", 16), ("BN", 16), ("num_warps", 1), ("num_stages", 1)), 2, TINY),
-        Trial(2, "choice", 2, (("num_warps", 1), ("STAGES", 1)), model=TINY),
+        Trial(2, "choice", 2, model=TINY),
         Trial(0, "selected, passed on", tuning=(("STEP", 1), ("num_warps", 1), ("num_stages", 1)), model=TINY),
         Trial(0, "special queries", model=TINY),
         Trial(0, "whole layer", model=TINY),

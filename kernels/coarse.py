@@ -1,9 +1,10 @@
 """Coarse attention among pooled tokens and the choice of key blocks (Speed3R, section 3): Triton kernels and reference.
 
 The attention also notes the largest score of every row among each tile of neighbouring key blocks. The K best key blocks of
-a row lie in the K tiles with the largest maxima (each of them holds a block that beats whatever lies elsewhere; ties go to
-the lower index in both orders). So a second kernel, one program per row, narrows the choice from tiles to blocks, of which
-only those tiles' are scored again. Among few blocks the scores themselves are noted, as tiles of one. Each narrowing finds
+a row lie in the K tiles with the largest maxima, and those in the K frames with the largest ones (each of them holds a
+block that beats whatever lies elsewhere; ties go to the lower index in every order). So a second kernel, one program per
+row, narrows the choice from frames to tiles to blocks, of which only the last K tiles' are scored again. Among few blocks
+the scores themselves are noted, as tiles of one. Each narrowing finds
 its threshold by bisection on the bits of the scores, from a bracket that the maxima of a few groups of them give: any K,
 exact, and the same in every run. That kernel also joins the shares of an attention whose keys were split.
 
@@ -24,6 +25,7 @@ from speed3r_ros.kernels.frames import (
     tile_sizes,
     tiles_per_frame,
     tl,
+    touched,
     triton,
 )
 
@@ -164,14 +166,14 @@ if triton is not None:
         KEPT: tl.constexpr,
         GROUPS: tl.constexpr,
         CHUNK: tl.constexpr,
-        STAGES: tl.constexpr,
         SPLITS: tl.constexpr,
+        FRAMES_KEPT: tl.constexpr,
     ):
         """Choose the key blocks of one row, and join the shares of its attention if there are SPLITS > 1 of them.
 
         FRAMES and TILES are the powers of two above the frames and the PER_FRAME stored maxima of each, KEPT the one above
-        the K blocks or the fewer tiles that hold them. CHUNK blocks are scored at once, loaded in STAGES. GROUPS: see
-        `_best`.
+        the K blocks or the fewer tiles that hold them, FRAMES_KEPT the one above K if there are more frames: then the choice
+        begins among these. CHUNK blocks are scored at once. GROUPS: see `_best`.
         """
         row = tl.program_id(0)
         b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -188,31 +190,38 @@ if triton is not None:
         live = live & (tl.load(fine + n * fine_n, mask=live, other=0) != 0)
         live = live & (tl.load(coarse + n * coarse_n, mask=live, other=0) != 0)
         within = tl.arange(0, TILES)
-        live = live[:, None] & (within * TILE < G)[None, :]
-        best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=live, other=float("-inf"))
-        best = tl.reshape(best, (FRAMES * TILES,))
-        taken = _best(best, tl.reshape(live, (FRAMES * TILES,)), K, GROUPS)
-        i = tl.arange(0, FRAMES * TILES)
+        stored = live[:, None] & (within * TILE < G)[None, :]
+        best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
+        if FRAMES_KEPT < FRAMES:
+            taken = _best(tl.max(best, 1), live, K, GROUPS)
+            count = tl.sum(taken, 0)
+            tl.store(index + tl.cumsum(taken, 0) - 1, n, mask=taken != 0)
+            tl.debug_barrier()
+            i = tl.arange(0, FRAMES_KEPT)
+            n = tl.load(index + i, mask=i < count, other=0)
+            tl.debug_barrier()
+            stored = (i < count)[:, None] & (within * TILE < G)[None, :]
+            best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
+        best = tl.reshape(best, (FRAMES_KEPT * TILES,))
+        taken = _best(best, tl.reshape(stored, (FRAMES_KEPT * TILES,)), K, GROUPS)
         count = tl.sum(taken, 0)
-        place = tl.cumsum(taken, 0) - 1
-        number = i // TILES * (G if TILE == 1 else PER_FRAME) + i % TILES
-        tl.store(index + place, number, mask=taken != 0)
+        number = n[:, None] * (G if TILE == 1 else PER_FRAME) + within[None, :]
+        number = tl.reshape(number, (FRAMES_KEPT * TILES,))
+        tl.store(index + tl.cumsum(taken, 0) - 1, number, mask=taken != 0)
         if TILE > 1:
             tl.debug_barrier()
-            slot = tl.arange(0, 16)  # the least that a product takes; all rows but one are zeros
-            q += b * q_b + h * q_h + t * q_t + (row % X) * q_x
-            query = tl.load(q + slot[:, None] * 0 + d[None, :], mask=slot[:, None] == 0, other=0.0)
+            query = tl.load(q + b * q_b + h * q_h + t * q_t + (row % X) * q_x + d).to(tl.float32)
             k += b * k_b + h * k_h
             STEPS: tl.constexpr = KEPT * TILE // CHUNK
             score = tl.zeros([STEPS, CHUNK], tl.float32)
-            for step in tl.range(0, STEPS, num_stages=STAGES):
+            for step in range(STEPS):
                 entry = step * CHUNK + tl.arange(0, CHUNK)
                 source = tl.load(index + entry // TILE, mask=entry // TILE < count, other=0)
                 y = source % PER_FRAME * TILE + entry % TILE
                 at = (source // PER_FRAME).to(tl.int64) * k_n + y * k_y
                 some = (entry // TILE < count) & (y < G)
                 key = tl.load(k + at[:, None] + d[None, :], mask=some[:, None], other=0.0)
-                part = tl.sum(tl.dot(query, tl.trans(key), input_precision="ieee"), 0)
+                part = tl.sum(key.to(tl.float32) * query[None, :], 1)
                 score = tl.where((tl.arange(0, STEPS) == step)[:, None], part[None, :], score)
             i = tl.arange(0, KEPT * TILE)
             tile = tl.load(index + i // TILE, mask=i // TILE < count, other=0)
@@ -233,26 +242,22 @@ if triton is not None:
 
 
 def tile_size(resident: int, blocks: int) -> int:
-    """Key blocks per stored maximum: more of them mean less traffic for the maxima and more blocks to score again."""
-    if resident * blocks <= 2048:
-        return 1
-    tile = 8
-    while resident * tiles_per_frame(blocks, tile) > 4096 and tile < min(blocks, 32):
-        tile *= 2
+    """Key blocks per stored maximum, measured on an H200: more of them mean less traffic for the maxima and more blocks to
+    score again."""
+    keys = resident * blocks
+    tile = 1 if keys <= 512 else 4 if keys <= 4096 else 8 if keys <= 8192 else 16
+    while tile > blocks:
+        tile //= 2
     return tile
 
 
 def coarse_sizes(frames: int, rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes of the coarse attention, see `frames.tile_sizes`."""
+    """Tile sizes of the coarse attention, see `frames.tile_sizes`; noting maxima takes registers."""
     sizes = tile_sizes(frames, rows, keys, width, dtype)
-    if frames == 1 and sizes["BN"] == 128:  # notes no scores of most keys, which a tile of one frame can skip
-        sizes |= {"BN": 64, "num_stages": 3}
+    if sizes["BN"] == 128:
+        many = frames * rows > 8192 and touched(frames, rows, 128) <= 32
+        sizes |= {"BM": 128, "BN": 64, "num_stages": 3} if many else {"BN": 64, "num_stages": 5}
     return sizes
-
-
-def choice_sizes(width: int) -> dict[str, int]:
-    """Warps of a row's choice among `width` stored maxima (a power of two), and stages of the loads of keys."""
-    return {"num_warps": 1 if width <= 2048 else min(8, width // 1024), "STAGES": 3}
 
 
 def coarse_attention_triton(
@@ -281,12 +286,11 @@ def attend_and_choose(
     tile: int | None = None,
     sizes: dict[str, int] | None = None,
     splits: int | None = None,
-    choice: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of `coarse_attention`, and the logarithm of the sum of exponentials (B, H, T, G).
 
     tile: key blocks per stored maximum, a power of two, see `tile_size`; sizes, splits: see
-    `frames.frame_attention_triton`; choice: see `choice_sizes`.
+    `frames.frame_attention_triton`.
     """
     frames, resident, blocks = check(q, k, v, coarse, fine, top_k)
     b, h, _, d = q.shape
@@ -318,9 +322,7 @@ def attend_and_choose(
             sizes=sizes,
             join=False,
         )
-        lse = select(
-            maxima, qs, ks, coarse.table, fine.table, index[:, heads], tile, *shares, compressed[:, heads], choice
-        )
+        lse = select(maxima, qs, ks, coarse.table, fine.table, index[:, heads], tile, *shares, compressed[:, heads])
         if group == 1:
             parts.append(lse)
     return compressed.flatten(2, 3), index, torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -337,7 +339,6 @@ def select(
     attended: Tensor,
     lse: Tensor,
     out: Tensor,
-    choice: dict[str, int] | None = None,
 ) -> Tensor:
     """Write the choice of every row, from the maxima of its tiles of key blocks, to `index` (B, H, T * X, K).
 
@@ -347,10 +348,9 @@ def select(
     (b, h, frames, rows, d), blocks, (resident, keep) = q.shape, k.shape[3], (fine.shape[2], index.shape[3])
     per_frame = tiles_per_frame(blocks, tile)
     tiles, all_frames = triton.next_power_of_2(per_frame), triton.next_power_of_2(resident)
-    kept = max(triton.next_power_of_2(min(keep, resident * per_frame)), triton.cdiv(16, tile))
+    kept = triton.next_power_of_2(min(keep, resident * per_frame))
     splits = len(attended) if attended.dim() == 6 else 1
     total = torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device) if splits > 1 else lse
-    choice = choice or choice_sizes(all_frames * tiles)
     _select[(frames * rows, b * h)](
         maxima,
         q,
@@ -380,10 +380,11 @@ def select(
         TILES=tiles,
         FRAMES=all_frames,
         KEPT=kept,
-        GROUPS=max(triton.next_power_of_2(2 * keep), 128 * choice["num_warps"]),
+        GROUPS=max(triton.next_power_of_2(2 * keep), 128),
         CHUNK=min(kept * tile, max(16, 4096 // d)),
         SPLITS=triton.next_power_of_2(splits),
-        **choice,
+        FRAMES_KEPT=min(all_frames, triton.next_power_of_2(keep)),
+        num_warps=max(1, min(8, max(all_frames * tiles, kept * tile) // 4096)),
     )
     return total
 

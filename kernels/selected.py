@@ -662,7 +662,7 @@ def begin_selected(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if not on_kernels(q) or specials == 0 or fine.table.shape[1] > 1 or differentiated:
         return None
-    return begin(q, k, v, fine, specials)
+    return begin(q, k, v, fine, specials, passed_on=True)
 
 
 def selected_attention(

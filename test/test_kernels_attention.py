@@ -235,7 +235,7 @@ def test_of_equal_scores_the_lower_number_wins(top_k, tile, frames):
 
 
 @needs_kernels
-@pytest.mark.parametrize("tile, splits, warps", [(1, None, 1), (1, 3, 1), (2, 5, 2), (8, 2, 1)])
+@pytest.mark.parametrize("tile, splits", [(1, None), (1, 3), (2, 5), (8, 2)])
 @pytest.mark.parametrize(
     "n, m, g, top_k, dtype",
     [
@@ -245,10 +245,9 @@ def test_of_equal_scores_the_lower_number_wins(top_k, tile, frames):
         (40, 40, 6, 40, torch.float16),
     ],
 )
-def test_choice_of_one_new_frame_is_its_definition(n, m, g, top_k, dtype, tile, splits, warps):
+def test_choice_of_one_new_frame_is_its_definition(n, m, g, top_k, dtype, tile, splits):
     case = coarse_case(1, 1, n, m, g, 16, dtype, heads=1)
-    choice = {"num_warps": warps, "STAGES": 1}
-    tuning = {"tile": tile, "splits": splits, "choice": choice}
+    tuning = {"tile": tile, "splits": splits}
     out, index, lse = coarse_module.attend_and_choose(*case, top_k, 1, **tuning)
     exact = [x.double() for x in case[:3]]
     expected, best = coarse_attention_reference(*exact, *case[3:], top_k)
