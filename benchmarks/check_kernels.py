@@ -51,9 +51,12 @@ from speed3r_ros.kernels.qkv import (
 from speed3r_ros.kernels.residual import AddNorm, add_norm_reference, add_norm_triton, sizes_of
 from speed3r_ros.kernels.selected import (
     SelectedAttention,
+    begin,
+    selected_attention,
     selected_attention_reference,
     selected_attention_triton,
 )
+from speed3r_ros.model.attention import Tokens, speed3r
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -123,13 +126,29 @@ CASES = [
     Case("Pi3 size, 32 views", "all", heads=16, frames=32, resident=32, blocks=63, specials=5, top_k=32),
     Case("Pi3 size, causal", "causal", heads=16, frames=32, resident=32, blocks=63, specials=5, top_k=32, group=4),
     Case("Pi3 size, a step", "random", heads=16, frames=1, resident=25, banked=256, blocks=63, specials=5, top_k=32),
+    Case(
+        "Pi3 size, a step, no special tokens",
+        heads=16,
+        frames=1,
+        resident=25,
+        banked=256,
+        blocks=63,
+        specials=0,
+        top_k=32,
+    ),
+    Case("Pi3 size, first step", "all", heads=16, frames=1, resident=1, banked=256, blocks=63, specials=5, top_k=128),
+    Case("a step, groups of 2", frames=1, resident=9, banked=5, blocks=13, specials=1, top_k=6, group=2),
     Case("Pi3 size, 160 views", heads=2, frames=12, resident=160, blocks=63, specials=5, top_k=32),
     Case("Pi3 size, K 200", heads=1, frames=6, resident=400, banked=9, blocks=63, specials=5, top_k=200),
     Case("1000 views, 63 blocks", heads=1, frames=2, resident=1000, blocks=63, specials=1, width=32, top_k=32),
     Case("1000 views", "all", heads=2, frames=1000, resident=1000, blocks=4, specials=1, width=16, top_k=32),
     Case("1000 views, causal", "causal", heads=2, frames=1000, resident=1000, blocks=3, specials=2, width=32, top_k=20),
 ]
-STEP = Case("CUDA graph", heads=6, frames=1, resident=11, banked=32, blocks=12, specials=4, top_k=32)
+STEPS = [
+    Case("CUDA graph", heads=6, frames=1, resident=11, banked=32, blocks=12, specials=4, top_k=32),
+    Case("CUDA graph, Pi3 size", heads=16, frames=1, resident=25, banked=256, blocks=63, specials=5, top_k=32),
+    Case("CUDA graph, no special tokens", heads=4, frames=1, resident=5, banked=9, blocks=12, specials=0, top_k=7),
+]
 WIDE = Case("Pi3 size, wide", heads=16, blocks=63, specials=5)
 TINY = [
     Case("tails", heads=2, frames=2, resident=3, blocks=2, specials=2, width=16, top_k=3),
@@ -475,10 +494,14 @@ def check_graph(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     pooled = [draw(case.heads, 1, n * case.blocks, case.width, dtype) for n in (1, *[case.resident + case.banked] * 2)]
     gate = torch.rand(1, case.heads, case.length, 2, device=DEVICE).to(dtype)
 
-    def step() -> Tensor:
+    def step() -> Tensor:  # three layers, of which the last one's special queries are ahead of its choice
         shown = Visible(coarse), Visible(fine)
+        tokens = [Tokens(*pair, gate) for pair in zip((q, k, v), pooled)]
+        outs = [speed3r(*tokens, shown[1], shown[0], case.specials, case.top_k) for _ in range(2)]
         compressed, index = coarse_attention_triton(*pooled, *shown, case.top_k)
-        return selected_attention_triton(q, k, v, index, compressed, gate, shown[1], case.specials)
+        begun = begin(q, k, v, shown[1], case.specials, passed_on=True)
+        outs.append(selected_attention(q, k, v, index, compressed, gate, shown[1], case.specials, begun=begun))
+        return torch.cat(outs)
 
     step()
     torch.cuda.synchronize()
@@ -492,6 +515,12 @@ def check_graph(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     graph.replay()
     expected = step()
     yield compare(case.name, "step", dtype, out, expected.double(), expected.double(), torch.equal(out, expected))
+    shown = Visible(coarse), Visible(fine)
+    compressed, index = coarse_attention_triton(*pooled, *shown, case.top_k)
+    args = compressed.double(), gate.double(), shown[1], case.specials
+    ref = selected_attention_reference(q.double(), k.double(), v.double(), index, *args).expand(3, -1, -1, -1)
+    terms = selected_attention_reference(q.double(), k.double(), v.double().abs(), index, args[0].abs(), *args[1:])
+    yield compare(case.name, "step, exact", dtype, out, ref, terms.expand(3, -1, -1, -1), True)
 
 
 def flash_error(dtype: torch.dtype) -> float:
@@ -559,7 +588,8 @@ def main() -> int:
     if CUDA:
         jobs += [
             ((name,), case, dtype, args.seed)
-            for name, case in (("graph", STEP), ("wide", WIDE))
+            for name, cases in (("graph", STEPS), ("wide", [WIDE]))
+            for case in cases
             for dtype in (dtypes if name == "graph" else dtypes[1:])
             if name in args.kernels and args.only in case.name
         ]

@@ -1,8 +1,8 @@
 """Speed of the attention kernels on the GPU, beside the flash backend of scaled_dot_product_attention in the same run.
 
     python benchmarks/kernels.py                 # tables
-    python benchmarks/kernels.py --tune          # tile sizes of the main kernels instead
-    python benchmarks/kernels.py --passes        # only the passes between matrix products; also with --tune
+    python benchmarks/kernels.py --passes        # only the passes between matrix products; with --sweep their tile sizes
+    python benchmarks/kernels.py --sweep         # tile sizes, warps, stages and shares instead; about 60 s
 
 TFLOP/s count 4 * width operations for each pair of a query and a key that the method asks for. The floor of a row is the
 longer of these operations at the rate of a bf16 matrix product of 8192 and of its bytes (inputs read once, outputs written
@@ -16,19 +16,22 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
+import multiprocessing
+import os
 import statistics
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speed3r_ros.kernels.coarse import CoarseAttention, coarse_attention_triton
-from speed3r_ros.kernels.frames import FrameAttention, Visible, frame_attention_triton, list_frames
+from speed3r_ros.kernels.coarse import CoarseAttention, coarse_attention_triton, select
+from speed3r_ros.kernels.frames import FrameAttention, Visible, frame_attention_triton, list_frames, tiles_per_frame
 from speed3r_ros.kernels.qkv import (
     normalise_and_rotate_reference,
     normalise_and_rotate_triton,
@@ -37,7 +40,8 @@ from speed3r_ros.kernels.qkv import (
     prepare_tokens_triton,
 )
 from speed3r_ros.kernels.residual import add_norm_backward, add_norm_reference, add_norm_triton
-from speed3r_ros.kernels.selected import SelectedAttention, selected_attention_triton
+from speed3r_ros.kernels.selected import Beside, SelectedAttention, attend_to_selected, begin, selected_attention_triton
+from speed3r_ros.model import attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -249,7 +253,8 @@ def step(model: Model) -> None:
     """One new frame against the memory, per layer; the lists of visible frames are made once for all layers."""
     resident = model.window + model.anchors + 1
     known = resident + model.bank
-    header(f"{model.name}, one new view: {resident} resident, {model.bank} in the bank (CUDA graph)")
+    words = f"{resident} resident, {model.bank} in the bank, {model.specials} special tokens"
+    header(f"{model.name}, one new view: {words} (CUDA graph)")
     h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
     x = Tokens(model, 1, resident, known)
     pairs = h * g * known * g
@@ -264,15 +269,20 @@ def step(model: Model) -> None:
     p5 = [y.unflatten(2, (-1, g)) for y in x.pooled]
     run = lambda: frame_attention_triton(*p5, x.coarse)  # noqa: E731
     guarded("of which the attention", pairs, d, pooled, run, base, graph=True)
-    run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine)  # noqa: E731
-    guarded("special queries, all keys", h * s * resident * length, d, size(x.k, x.v), run, base, graph=True)
+    if s:
+        run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine)  # noqa: E731
+        guarded("special queries, all keys", h * s * resident * length, d, size(x.k, x.v), run, base, graph=True)
     count = h * (16 * g * (16 * index.shape[-1] + s * resident) + s * resident * length)
     run = lambda: selected_attention_triton(x.q, x.k, x.v, index, x.compressed, x.gate, x.fine, s)  # noqa: E731
     guarded("selected attention, with special queries", count, d, whole + size(index, x.gate), run, base, graph=True)
+    tokens = [attention.Tokens(y, z, x.gate) for y, z in zip((x.q, x.k, x.v), x.pooled)]
+    run = lambda: attention.speed3r(*tokens, x.fine, x.coarse, s, model.top_k)  # noqa: E731
+    moved = whole + pooled + size(x.gate)
+    guarded("both, special queries beside the choice", pairs + count, d, moved, run, base, graph=True)
     prepare(model, 1, graph=True)
 
     def lists() -> None:
-        for visible, rows in ((x.coarse, g), (x.fine, s)):
+        for visible, rows in ((x.coarse, g), (x.fine, s))[: 2 if s else 1]:
             list_frames(visible.table, rows, 64)
 
     guarded("lists of visible frames, once a step", 0, d, 0, lists, graph=True)
@@ -432,44 +442,173 @@ def time_passes(model: Model, views: int, tuned: bool) -> None:
             line(f"{work.name} {sizes or ''}".strip(), ms, work.moved / ms / 1e9, share, eager, eager / ms)
 
 
-def tune(model: Model, views: int) -> None:
-    """Times of tile sizes."""
-    h, d, g, s, length = model.heads, model.width, model.blocks, model.specials, model.length
-    x = Tokens(model, views, views, views)
-    q5, k5, v5 = (y.unflatten(2, (views, length)) for y in (x.q, x.k, x.v))
-    p5 = [y.unflatten(2, (views, g)) for y in x.pooled]
-    header(f"{model.name}, {views} views: tile sizes")
-    base = guarded("pooled tokens, flash", h * (views * g) ** 2, d, 0, lambda: flash(*x.pooled))
-    for bm, bn, warps, stages in [
-        (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
-        (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3),
+@dataclass(frozen=True)
+class Trial:
+    """One candidate of a sweep: a part of a layer at a size (0 views: one new view), and what it is called with."""
+
+    views: int
+    part: str
+    tile: int = 1
+    tuning: tuple[tuple[str, int], ...] = ()
+    splits: int | None = None
+    model: Model = PI3
+
+    @property
+    def sizes(self) -> dict[str, int] | None:
+        """Arguments of the launch; None for the defaults."""
+        return dict(self.tuning) or None
+
+    def __str__(self) -> str:
+        words = [f"tile {self.tile}"] if self.part in ("attention", "choice") else []
+        words += [f"{key} {value}" for key, value in self.tuning if value is not None] + (
+            [f"splits {self.splits}"] if self.splits else []
+        )
+        return ", ".join(words) or "defaults"
+
+
+def candidates() -> list[Trial]:
+    """Everything that a sweep times."""
+    trials = []
+
+    def sizes(bm: int, bn: int, warps: int, stages: int, registers: int | None = None) -> tuple[tuple[str, int], ...]:
+        return ("BM", bm), ("BN", bn), ("num_warps", warps), ("num_stages", stages), ("maxnreg", registers)
+
+    def steps(blocks: int, warps: int, stages: int) -> tuple[tuple[str, int], ...]:
+        return ("STEP", blocks), ("num_warps", warps), ("num_stages", stages)
+
+    tiles = {0: (1, 2, 4, 8), 32: (1, 2, 4, 8), 128: (4, 8, 16), 512: (8, 16), 1024: (16, 32)}
+    for views, chosen in tiles.items():
+        for tile in chosen:
+            shapes = [sizes(64, 64, 4, 3), sizes(64, 64, 4, 5), sizes(64, 128, 4, 2)]
+            shapes += [sizes(64, 64, 4, 3, 168)] if views == 0 else [sizes(128, 64, 8, 3), sizes(128, 64, 4, 3)]
+            for shape, splits in itertools.product(shapes, (8, 16, 24, 32) if views == 0 else (None,)):
+                trials.append(Trial(views, "attention", tile, shape, splits))
+            trials.append(Trial(views, "choice", tile))
+    bare = replace(PI3, specials=0)
+    for blocks, warps, stages in [
+        (1, 1, 3), (1, 1, 5), (2, 1, 3), (2, 1, 4), (2, 1, 5), (4, 1, 2), (4, 1, 3), (4, 2, 3), (8, 2, 2), (8, 4, 2),
     ]:  # fmt: skip
-        sizes = {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
-        run = lambda: frame_attention_triton(*p5, x.coarse, sizes=sizes)  # noqa: E731, B023
-        guarded(f"pooled {sizes}", h * (views * g) ** 2, d, 0, run, base)
-        run = lambda: frame_attention_triton(q5[:, :, :, :s], k5, v5, x.fine, sizes=sizes)  # noqa: E731, B023
-        guarded(f"special queries {sizes}", h * views * s * views * length, d, 0, run, base)
-    for tile in (4, 8, 16, 32):
-        run = lambda: coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, 1, tile)  # noqa: E731, B023
-        guarded(f"coarse + top-k, tile {tile}", h * (views * g) ** 2, d, 0, run, base)
-    bare = tuple(y.unflatten(2, (views, length))[:, :, :, s:].flatten(2, 3) for y in (x.q, x.k, x.v, x.gate))
-    for group in (1, 2, 4, 8):
-        index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k, group)[1]
-        for blocks, warps, stages in itertools.product((2, 4, 8), sorted({group, max(4, group)}), (2, 3, 4)):
-            if blocks * stages > 16:
-                continue
-            sizes = {"STEP": blocks, "num_warps": warps, "num_stages": stages}
-            run = lambda: selected_attention_triton(  # noqa: E731
-                *bare[:3], index, x.compressed, bare[3], x.fine, 0, group, sizes  # noqa: B023
-            )  # fmt: skip
-            guarded(f"selected, group {group} {sizes}", h * views * g * 16 * 16 * index.shape[-1], d, 0, run, base)
+        trials += [Trial(0, part, tuning=steps(blocks, warps, stages)) for part in ("selected", "selected, passed on")]
+        trials += [Trial(views, "selected", tuning=steps(blocks, warps, stages), model=bare) for views in (0, 32)]
+    for shape in (
+        sizes(16, 64, 1, 3), sizes(16, 64, 1, 5), sizes(16, 128, 1, 3), sizes(16, 128, 2, 3), sizes(16, 128, 4, 3),
+        sizes(16, 256, 4, 3),
+    ):  # fmt: skip
+        trials += [Trial(0, "special queries", tuning=shape, splits=splits) for splits in (16, 32, 64)]
+    trials += [Trial(0, "whole layer", model=model) for model in (PI3, bare)]
+    return trials + [Trial(0, "whole layer", tuning=(("passed_on", 1),))]
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(model: Model, views: int, pooled: bool) -> tuple[Tokens | None, list[Tensor], Visible, Visible]:
+    """Tokens, or only the pooled ones of few heads, and what they see."""
+    frames, resident = views or 1, views or model.window + model.anchors + 1
+    known = views or resident + model.bank
+    x = None if pooled else Tokens(model, frames, resident, known)
+    heads = model.heads if views <= 128 else 2
+    tokens = [rand(1, heads, n, model.blocks, model.width) for n in (frames, known, known)] if pooled else []
+    tables = [Visible(torch.ones(1, frames, n, dtype=torch.bool, device=DEVICE)) for n in (known, resident)]
+    return x, tokens, *tables
+
+
+def bound(trial: Trial) -> Callable[[], object]:
+    """The call to time."""
+    model, sizes = trial.model, trial.sizes
+    pooled = trial.part in ("attention", "choice")
+    x, tokens, coarse, fine = inputs(model, trial.views, pooled)
+    if pooled:
+        (q, k, v), frames = tokens, fine.table.shape[1]
+        rows, width = frames * model.blocks, fine.table.shape[2] * tiles_per_frame(model.blocks, trial.tile)
+        maxima = torch.empty(1, q.shape[1], rows, width, dtype=torch.float32, device=DEVICE)
+        attend = functools.partial(frame_attention_triton, q, k, v, coarse, maxima=(maxima, trial.tile), join=False)
+        if trial.part == "attention":
+            return lambda: attend(splits=trial.splits, sizes=sizes)
+        index = torch.empty(1, q.shape[1], rows, model.top_k, dtype=torch.int32, device=DEVICE)
+        shares = attend(splits=16 if trial.views == 0 else 1)
+        rest = index, trial.tile, *shares, torch.empty_like(q)
+        return lambda: select(maxima, q, k, coarse.table, fine.table, *rest)
+    tokens = x.q, x.k, x.v
+    if trial.part == "special queries":
+        return lambda: begin(*tokens, fine, model.specials, splits=trial.splits, sizes=sizes).beside.join()
+    index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)[1]
+    rest = index, x.compressed, x.gate, x.fine, model.specials
+    if trial.part == "whole layer":
+
+        def layer() -> None:
+            begun = begin(*tokens, x.fine, model.specials, passed_on=bool(trial.tuning))
+            made, choice = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)[::-1], rest[2:]
+            attend_to_selected(*tokens, *made, *choice, begun=begun)
+
+        return layer
+    begun = begin(*tokens, x.fine, model.specials, passed_on="passed on" in trial.part)
+    begun.beside.join()
+    begun = replace(begun, beside=Beside(x.q.device, False))  # is there already
+    return lambda: attend_to_selected(*tokens, *rest, sizes=sizes, begun=begun)
+
+
+@torch.inference_mode()
+def compile_trials(trials: list[Trial]) -> None:
+    """Run each once, so that Triton's cache on the disk has it."""
+    for trial in trials:
+        try:
+            bound(trial)()
+        except Exception:  # the sweep itself says so
+            pass
+
+
+def sweep() -> None:
+    """Times of tile sizes, warps, stages and shares; best first, per part and size."""
+    trials = candidates() if CUDA else [
+        Trial(0, "attention", 2, (("BM", 16), ("BN", 16), ("num_warps", 1), ("num_stages", 1)), 2, TINY),
+        Trial(2, "choice", 2, model=TINY),
+        Trial(0, "selected, passed on", tuning=(("STEP", 1), ("num_warps", 1), ("num_stages", 1)), model=TINY),
+        Trial(0, "special queries", model=TINY),
+        Trial(0, "whole layer", model=TINY),
+    ]  # fmt: skip
+    start = time.perf_counter()
+    if CUDA:  # the compiler is what takes long
+        workers = min(14, os.cpu_count() or 1)
+        small = [
+            replace(trial, views=min(trial.views, 128)) if trial.part == "attention" else trial for trial in trials
+        ]
+        distinct = list({replace(trial, splits=trial.splits and 16): None for trial in small})
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            pool.map(compile_trials, [distinct[i::workers] for i in range(workers)])
+        print(f"compiled in {time.perf_counter() - start:.0f} s")
+    times: dict[tuple[str, int, int], list[tuple[float, Trial]]] = {}
+    for trial in trials:
+        try:
+            run = bound(trial)
+            ms = graph_milliseconds(run) if trial.views == 0 else milliseconds(run, 0.05)
+        except Exception as e:
+            print(f"{trial.views} views, {trial.part}, {trial}: {type(e).__name__} {str(e).splitlines()[0][:150]}")
+            continue
+        key = trial.part, trial.views, trial.model.specials
+        times.setdefault(key, []).append((ms, trial))
+    for (part, views, specials), results in times.items():
+        count = f"{views} views" if views else "one new view"
+        print(f"\n### {part}, {count}, {specials} special tokens\n\n| | ms |\n| --- | --- |")
+        for ms, trial in sorted(results, key=lambda pair: pair[0])[:12]:
+            line(trial, ms)
+    print("\n### coarse attention and choice by tile, each at its best, ms\n\n| | attention | choice | both |")
+    print("| --- | --- | --- | --- |")
+    for views, tile in dict.fromkeys((trial.views, trial.tile) for trial in trials if trial.part == "choice"):
+        best = [
+            min(
+                (ms for ms, trial in times.get((part, views, trials[0].model.specials), []) if trial.tile == tile),
+                default=math.nan,
+            )
+            for part in ("attention", "choice")
+        ]
+        line(f"{views or 'one new'} views, tile {tile}", *best, sum(best))
+    print(f"\n{time.perf_counter() - start:.0f} s")
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tune", action="store_true", help="try tile sizes at 128 views instead")
     parser.add_argument("--passes", action="store_true", help="only the passes between matrix products")
+    parser.add_argument("--sweep", action="store_true", help="try tile sizes, warps, stages and shares instead")
     parser.add_argument("--views", type=int, nargs="*", default=[32, 128, 512, 1024])
     parser.add_argument("--dense-up-to", type=int, default=128, help="views up to which dense attention is timed")
     args = parser.parse_args()
@@ -478,13 +617,14 @@ def main() -> None:
     print(f"matrix product {operations / 1e9:.0f} TFLOP/s, copy {moved / 1e9:.2f} TB/s")
     if args.passes:
         for model, counts in ((PI3, (1, 32, 1024)), (COMPACT, (1, 48))) if CUDA else ((TINY, (1, 2)),):
-            for views in counts[: 2 if args.tune else None]:
-                time_passes(model, views, args.tune)
+            for views in counts[: 2 if args.sweep else None]:
+                time_passes(model, views, args.sweep)
         return
-    if args.tune:
-        tune(PI3 if CUDA else TINY, 128 if CUDA else 2)
+    if args.sweep:
+        sweep()
         return
     step(PI3 if CUDA else TINY)
+    step(replace(PI3 if CUDA else TINY, specials=0))
     if CUDA:
         step(COMPACT)
         parallel(COMPACT, 48, 48)

@@ -4,8 +4,9 @@ The attention also notes the largest score of every row among each tile of neigh
 a row lie in the K tiles with the largest maxima, and those in the K frames with the largest ones (each of them holds a
 block that beats whatever lies elsewhere; ties go to the lower index in every order). So a second kernel, one program per
 row, narrows the choice from frames to tiles to blocks, of which only the last K tiles' are scored again. Among few blocks
-the scores themselves are noted, as tiles of one. Each narrowing finds its threshold by bisection on the bits of the scores:
-any K, exact, and the same in every run.
+the scores themselves are noted, as tiles of one. Each narrowing finds
+its threshold by bisection on the bits of the scores, from a bracket that the maxima of a few groups of them give: any K,
+exact, and the same in every run. That kernel also joins the shares of an attention whose keys were split.
 
 Shape letters: see `frames`; G = blocks per frame, M >= N frames with pooled tokens, of which the first N are resident.
 """
@@ -21,8 +22,10 @@ from speed3r_ros.kernels.frames import (
     frame_attention_reference,
     frame_attention_triton,
     on_kernels,
+    tile_sizes,
     tiles_per_frame,
     tl,
+    touched,
     triton,
 )
 
@@ -73,24 +76,42 @@ def coarse_attention_reference(
 
 
 if triton is not None:
+    from speed3r_ros.kernels.frames import _join
 
     @triton.jit
-    def _best(score, live, K):
-        """Where the K largest live scores are (ties: lower index), as int32."""
-        bits = (score + 0.0).to(tl.int32, bitcast=True)  # + 0.0: minus zero would sort below zero
-        rank = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # integers in the order of the floats
-        rank = tl.where(live, rank, -2147483648)
-        # `count` ranks reach `low`, and that is K of them at least; fewer than K reach `high`
-        count, high = tl.sum(live.to(tl.int32), 0), tl.max(rank, 0) + 1
-        low = tl.full([], -2147483648, tl.int32)
-        middle = tl.max(tl.where(live, score, 0.0), 0) * 0.5  # the K-th is often between half of the best and the best
-        middle = tl.minimum(middle.to(tl.int32, bitcast=True), high - 1)
+    def _threshold(rank, low, count, K):
+        """Raise `low` until K ranks reach it, or until those equal to it decide. Returns it, and how many reach it.
+
+        At first `count` of them do: K at least, or all that there are.
+        """
+        high = tl.max(rank, 0) + 1  # fewer than K reach it
+        # the K-th is often beyond half of the best, which is one exponent less
+        middle = tl.maximum(tl.where(high > 0x1000000, high - 0x800000, low), (low & high) + ((low ^ high) >> 1))
         while (count > K) & (high - low != 1):
             reach = tl.sum((rank >= middle).to(tl.int32), 0)
             low = tl.where(reach >= K, middle, low)
             count = tl.where(reach >= K, reach, count)
             high = tl.where(reach >= K, high, middle)
             middle = (low & high) + ((low ^ high) >> 1)  # their mean, which does not overflow
+        return low, count
+
+    @triton.jit
+    def _best(score, live, K, GROUPS: tl.constexpr):
+        """Where the K largest live scores are (ties: lower index), as int32.
+
+        K of the maxima of GROUPS disjoint groups of scores reach their K-th largest, so that the threshold of all scores
+        lies there or above, and above few scores of many.
+        """
+        NONE: tl.constexpr = -2147483648
+        bits = (score + 0.0).to(tl.int32, bitcast=True)  # + 0.0: minus zero would sort below zero
+        rank = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # integers in the order of the floats
+        rank = tl.where(live, tl.minimum(rank, 0x7F800000), NONE)  # not a number counts as infinite
+        low, count = tl.full([], NONE, tl.int32), tl.sum(live.to(tl.int32), 0)
+        if rank.shape[0] > GROUPS:
+            tops = tl.max(tl.reshape(rank, (rank.shape[0] // GROUPS, GROUPS)), 0)
+            low = _threshold(tops, low, tl.sum((tops > NONE).to(tl.int32), 0), K)[0]
+            count = tl.where(low == NONE, count, tl.sum((rank >= low).to(tl.int32), 0))
+        low, count = _threshold(rank, low, count, K)
         taken = (live & (rank >= low)).to(tl.int32)
         if count > K:  # equal scores at the threshold
             above = (rank > low).to(tl.int32)
@@ -106,6 +127,10 @@ if triton is not None:
         fine,
         coarse,
         index,
+        partial,
+        partial_lse,
+        out,
+        lse,
         q_b,
         q_h,
         q_t,
@@ -123,95 +148,116 @@ if triton is not None:
         i_b,
         i_h,
         i_x,
+        o_b,
+        o_h,
+        o_t,
+        o_x,
         H,
         N,
         X,
         K,
+        splits,
         G: tl.constexpr,
         D: tl.constexpr,
         TILE: tl.constexpr,
         PER_FRAME: tl.constexpr,
         TILES: tl.constexpr,
         FRAMES: tl.constexpr,
-        FRAMES_KEPT: tl.constexpr,
         KEPT: tl.constexpr,
+        GROUPS: tl.constexpr,
         CHUNK: tl.constexpr,
+        SPLITS: tl.constexpr,
+        FRAMES_KEPT: tl.constexpr,
     ):
-        """Choose the key blocks of one row.
+        """Choose the key blocks of one row, and join the shares of its attention if there are SPLITS > 1 of them.
 
-        PER_FRAME stored maxima per frame, TILES is the power of two above. Of FRAMES frames at most FRAMES_KEPT (all if
-        equal), then of their tiles at most KEPT, then of their blocks K are chosen, CHUNK of which are scored at once.
+        FRAMES and TILES are the powers of two above the frames and the PER_FRAME stored maxima of each, KEPT the one above
+        the K blocks or the fewer tiles that hold them, FRAMES_KEPT the one above K if there are more frames: then the choice
+        begins among these. CHUNK blocks are scored at once. GROUPS: see `_best`.
         """
         row = tl.program_id(0)
         b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
         t = (row // X).to(tl.int64)
+        at_row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row
         index += b * i_b + h * i_h + row.to(tl.int64) * i_x  # the result's row doubles as a note pad
-        maxima += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row) * (N * PER_FRAME)
+        maxima += at_row * (N * PER_FRAME)
         fine += b * fine_b + t * fine_t
         coarse += b * coarse_b + t * coarse_t
-        within = tl.arange(0, TILES)
+        d = tl.arange(0, D)
 
         n = tl.arange(0, FRAMES)
         live = n < N
         live = live & (tl.load(fine + n * fine_n, mask=live, other=0) != 0)
         live = live & (tl.load(coarse + n * coarse_n, mask=live, other=0) != 0)
-        stored = live[:, None] & (within < PER_FRAME)[None, :]
+        within = tl.arange(0, TILES)
+        stored = live[:, None] & (within * TILE < G)[None, :]
         best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
         if FRAMES_KEPT < FRAMES:
-            taken = _best(tl.max(best, 1), live, K)
+            taken = _best(tl.max(best, 1), live, K, GROUPS)
             count = tl.sum(taken, 0)
             tl.store(index + tl.cumsum(taken, 0) - 1, n, mask=taken != 0)
             tl.debug_barrier()
             i = tl.arange(0, FRAMES_KEPT)
             n = tl.load(index + i, mask=i < count, other=0)
             tl.debug_barrier()
-            stored = (i < count)[:, None] & (within < PER_FRAME)[None, :]
+            stored = (i < count)[:, None] & (within * TILE < G)[None, :]
             best = tl.load(maxima + n[:, None] * PER_FRAME + within[None, :], mask=stored, other=float("-inf"))
-        some = stored & (within * TILE < G)[None, :]
-        tile = tl.reshape(n[:, None] * PER_FRAME + within[None, :], (FRAMES_KEPT * TILES,))
-        taken = _best(tl.reshape(best, (FRAMES_KEPT * TILES,)), tl.reshape(some, (FRAMES_KEPT * TILES,)), K)
-        number = tile
+        best = tl.reshape(best, (FRAMES_KEPT * TILES,))
+        taken = _best(best, tl.reshape(stored, (FRAMES_KEPT * TILES,)), K, GROUPS)
+        count = tl.sum(taken, 0)
+        number = n[:, None] * (G if TILE == 1 else PER_FRAME) + within[None, :]
+        number = tl.reshape(number, (FRAMES_KEPT * TILES,))
+        tl.store(index + tl.cumsum(taken, 0) - 1, number, mask=taken != 0)
         if TILE > 1:
-            count = tl.sum(taken, 0)
-            tl.store(index + tl.cumsum(taken, 0) - 1, tile, mask=taken != 0)
             tl.debug_barrier()
-            q += b * q_b + h * q_h + t * q_t + (row % X) * q_x
+            query = tl.load(q + b * q_b + h * q_h + t * q_t + (row % X) * q_x + d).to(tl.float32)
             k += b * k_b + h * k_h
-            d = tl.arange(0, D)
-            query = tl.load(q + d).to(tl.float32)
             STEPS: tl.constexpr = KEPT * TILE // CHUNK
             score = tl.zeros([STEPS, CHUNK], tl.float32)
             for step in range(STEPS):
-                place = step * CHUNK + tl.arange(0, CHUNK)
-                source = tl.load(index + place // TILE, mask=place // TILE < count, other=0)
-                y = source % PER_FRAME * TILE + place % TILE
+                entry = step * CHUNK + tl.arange(0, CHUNK)
+                source = tl.load(index + entry // TILE, mask=entry // TILE < count, other=0)
+                y = source % PER_FRAME * TILE + entry % TILE
                 at = (source // PER_FRAME).to(tl.int64) * k_n + y * k_y
-                some_keys = (place // TILE < count) & (y < G)
-                key = tl.load(k + at[:, None] + d[None, :], mask=some_keys[:, None], other=0.0).to(tl.float32)
-                part = tl.sum(key * query[None, :], 1)
+                some = (entry // TILE < count) & (y < G)
+                key = tl.load(k + at[:, None] + d[None, :], mask=some[:, None], other=0.0)
+                part = tl.sum(key.to(tl.float32) * query[None, :], 1)
                 score = tl.where((tl.arange(0, STEPS) == step)[:, None], part[None, :], score)
             i = tl.arange(0, KEPT * TILE)
             tile = tl.load(index + i // TILE, mask=i // TILE < count, other=0)
             tl.debug_barrier()
-            block = tile % PER_FRAME * TILE + i % TILE
-            taken = _best(tl.reshape(score, (KEPT * TILE,)), (i // TILE < count) & (block < G), K)
-            number = tile // PER_FRAME * G + block
-        else:
-            number = tile // PER_FRAME * G + tile % PER_FRAME
-        count = tl.sum(taken, 0)
-        tl.store(index + tl.cumsum(taken, 0) - 1, number, mask=taken != 0)
+            y = tile % PER_FRAME * TILE + i % TILE
+            taken = _best(tl.reshape(score, (KEPT * TILE,)), (i // TILE < count) & (y < G), K, GROUPS)
+            count = tl.sum(taken, 0)
+            tl.store(index + tl.cumsum(taken, 0) - 1, tile // PER_FRAME * G + y, mask=taken != 0)
         i = tl.arange(0, KEPT * TILE)
         tl.store(index + i, -1, mask=(i >= count) & (i < K))
 
+        if SPLITS > 1:
+            rows = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+            acc, total = _join(partial, partial_lse, at_row, rows, splits, D, SPLITS)
+            out += b * o_b + h * o_h + t * o_t + (row % X) * o_x
+            tl.store(out + d, acc.to(out.dtype.element_ty))
+            tl.store(lse + at_row, total)
+
 
 def tile_size(resident: int, blocks: int) -> int:
-    """Key blocks per stored maximum: more of them mean less traffic for the maxima and more blocks to score again."""
-    if resident * blocks <= 2048:
-        return 1
-    tile = 8
-    while resident * tiles_per_frame(blocks, tile) > 4096 and tile < min(blocks, 32):
-        tile *= 2
+    """Key blocks per stored maximum, measured on an H200: more of them mean less traffic for the maxima and more blocks to
+    score again."""
+    keys = resident * blocks
+    tile = 1 if keys <= 512 else 4 if keys <= 4096 else 8 if keys <= 8192 else 16
+    while tile > blocks:
+        tile //= 2
     return tile
+
+
+def coarse_sizes(frames: int, rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes of the coarse attention, see `frames.tile_sizes`; noting maxima takes registers."""
+    sizes = tile_sizes(frames, rows, keys, width, dtype)
+    if sizes["BN"] == 128:
+        many = frames * rows > 8192 and touched(frames, rows, 128) <= 32
+        sizes |= {"BM": 128, "BN": 64, "num_stages": 3} if many else {"BN": 64, "num_stages": 5}
+    return sizes
 
 
 def coarse_attention_triton(
@@ -223,10 +269,10 @@ def coarse_attention_triton(
     top_k: int,
     group: int = 1,
     tile: int | None = None,
-    sizes: dict[str, int] | None = None,
+    **tuning: int | dict[str, int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels; arguments and results of `coarse_attention`. tile, sizes: see `attend_and_choose`."""
-    return attend_and_choose(q, k, v, coarse, fine, top_k, group, tile, sizes)[:2]
+    """The kernels; arguments and results of `coarse_attention`. tile, tuning: see `attend_and_choose`."""
+    return attend_and_choose(q, k, v, coarse, fine, top_k, group, tile, **tuning)[:2]
 
 
 def attend_and_choose(
@@ -239,29 +285,32 @@ def attend_and_choose(
     group: int,
     tile: int | None = None,
     sizes: dict[str, int] | None = None,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of `coarse_attention`, and the logarithm of the sum of exponentials (B, H, T, G).
 
-    tile: key blocks per stored maximum, a power of two, see `tile_size`; sizes: see `frames.tile_sizes`.
+    tile: key blocks per stored maximum, a power of two, see `tile_size`; sizes, splits: see
+    `frames.frame_attention_triton`.
     """
     frames, resident, blocks = check(q, k, v, coarse, fine, top_k)
     b, h, _, d = q.shape
     q, k, v = q.unflatten(2, (frames, -1)), k.unflatten(2, (-1, blocks)), v.unflatten(2, (-1, blocks))
     compressed = torch.empty_like(q, memory_format=torch.contiguous_format)
     chooser = group_queries(q, group)
+    rows, keep = chooser.shape[3], min(top_k, resident * blocks)
+    sizes = sizes or coarse_sizes(frames, rows, blocks, d, q.dtype)
     parts = []
     if group > 1:
-        parts = [frame_attention_triton(q, k, v, coarse, out=compressed, sizes=sizes)[1]]
+        parts = [frame_attention_triton(q, k, v, coarse, out=compressed)[1]]
     tile = tile or tile_size(resident, blocks)
-    rows, keep = chooser.shape[3], min(top_k, resident * blocks)
     width = resident * tiles_per_frame(blocks, tile)
     index = torch.empty(b, h, frames * rows, keep, dtype=torch.int32, device=q.device)
     turn = max(1, WORKSPACE // (4 * b * frames * rows * width))
     for first in range(0, h, turn):
         heads = slice(first, first + turn)
-        qs, ks, chosen = chooser[:, heads], k[:, heads], index[:, heads]
+        qs, ks = chooser[:, heads], k[:, heads]
         maxima = torch.empty(b, qs.shape[1], frames * rows, width, dtype=torch.float32, device=q.device)
-        _, lse = frame_attention_triton(
+        shares = frame_attention_triton(
             qs,
             ks,
             v[:, heads],
@@ -269,22 +318,39 @@ def attend_and_choose(
             out=compressed[:, heads],
             maxima=(maxima, tile),
             values=group == 1,
+            splits=splits,
             sizes=sizes,
+            join=False,
         )
+        lse = select(maxima, qs, ks, coarse.table, fine.table, index[:, heads], tile, *shares, compressed[:, heads])
         if group == 1:
             parts.append(lse)
-        select(maxima, qs, ks, coarse.table, fine.table, chosen, tile)
     return compressed.flatten(2, 3), index, torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def select(maxima: Tensor, q: Tensor, k: Tensor, coarse: Tensor, fine: Tensor, index: Tensor, tile: int) -> None:
-    """Write the choice of every row, from the maxima of its tiles of key blocks, to `index` (B, H, T * X, K)."""
+def select(
+    maxima: Tensor,
+    q: Tensor,
+    k: Tensor,
+    coarse: Tensor,
+    fine: Tensor,
+    index: Tensor,
+    tile: int,
+    attended: Tensor,
+    lse: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Write the choice of every row, from the maxima of its tiles of key blocks, to `index` (B, H, T * X, K).
+
+    attended, lse: from `frames.frame_attention_triton`, of which shares are joined to `out`, if they are shares. Returns
+    the logarithms of the sums.
+    """
     (b, h, frames, rows, d), blocks, (resident, keep) = q.shape, k.shape[3], (fine.shape[2], index.shape[3])
     per_frame = tiles_per_frame(blocks, tile)
     tiles, all_frames = triton.next_power_of_2(per_frame), triton.next_power_of_2(resident)
     kept = triton.next_power_of_2(min(keep, resident * per_frame))
-    frames_kept = kept if tile > 1 and all_frames >= 2 * kept else all_frames
-    widest = max(all_frames, frames_kept * tiles, kept * tile)
+    splits = len(attended) if attended.dim() == 6 else 1
+    total = torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device) if splits > 1 else lse
     _select[(frames * rows, b * h)](
         maxima,
         q,
@@ -292,26 +358,35 @@ def select(maxima: Tensor, q: Tensor, k: Tensor, coarse: Tensor, fine: Tensor, i
         fine.view(torch.uint8),
         coarse.view(torch.uint8),
         index,
+        attended,
+        lse,
+        out,
+        total,
         *q.stride()[:4],
         *k.stride()[:4],
         *fine.expand(b, -1, -1).stride(),
         *coarse.expand(b, -1, -1).stride(),
         *index.stride()[:3],
+        *out.stride()[:4],
         h,
         resident,
         rows,
         keep,
+        splits,
         G=blocks,
         D=d,
         TILE=tile,
         PER_FRAME=per_frame,
         TILES=tiles,
         FRAMES=all_frames,
-        FRAMES_KEPT=frames_kept,
         KEPT=kept,
+        GROUPS=max(triton.next_power_of_2(2 * keep), 128),
         CHUNK=min(kept * tile, max(16, 4096 // d)),
-        num_warps=max(1, min(8, widest // 1024)),
+        SPLITS=triton.next_power_of_2(splits),
+        FRAMES_KEPT=min(all_frames, triton.next_power_of_2(keep)),
+        num_warps=max(1, min(8, max(all_frames * tiles, kept * tile) // 4096)),
     )
+    return total
 
 
 class CoarseAttention(torch.autograd.Function):

@@ -21,7 +21,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # platforms without Triton use the reference
-    triton = None
+    triton = tl = None
 
 LOG2E = 1.4426950408889634
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,17 +155,17 @@ if triton is not None:
         D: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
-        SPLITS: tl.constexpr,
         TILE: tl.constexpr,
         SCORES: tl.constexpr,
         VALUES: tl.constexpr,
         RUN: tl.constexpr,
+        BANKED: tl.constexpr,
         WIDE: tl.constexpr,
     ):
         """One tile of BM query rows against one share of its keys.
 
         v has the strides of k. SCORES stores the largest score of each TILE keys of the first `resident` frames, of which
-        RUN neighbours always lie in one frame; VALUES stores the attention.
+        RUN neighbours always lie in one frame; BANKED: there are other frames. VALUES stores the attention.
         """
         tile, split = tl.program_id(0), tl.program_id(2)
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -186,10 +186,11 @@ if triton is not None:
         words += listed.to(tl.int64) * N
         total = tl.load(counts + listed * 2 + 1) * Y_PADDED
         full = tl.load(counts + listed * 2) * Y_PADDED // BN
-        share = tl.cdiv(tl.cdiv(total, BN), SPLITS)
+        share = tl.cdiv(tl.cdiv(total, BN), tl.num_programs(2))
         low = split * share
         high = tl.minimum(low + share, tl.cdiv(total, BN))
 
+        ONE: tl.constexpr = Y_PADDED % BN == 0  # a tile of keys lies in one frame, whose number needs no vectors
         column = tl.arange(0, BN)  # of the tile of scores: which key stands there
         if SCORES and TILE > 1:
             # A thread of the tensor cores' result owns two neighbouring columns of eight. It is given a run of neighbouring
@@ -207,18 +208,25 @@ if triton is not None:
                 begin, end = tl.maximum(low, full), high
             for i in range(begin, end):
                 j = i * BN + column
-                y = j % Y_PADDED
-                if part == 0:
+                if ONE:
+                    y = i * BN % Y_PADDED + column
+                    n = tl.load(lists + i * BN // Y_PADDED)
+                elif part == 0:
+                    y = j % Y_PADDED
                     n = tl.load(lists + j // Y_PADDED)
-                    at = (n.to(tl.int64) if WIDE else n) * k_n + tl.minimum(y, Y - 1) * k_y
+                else:
+                    y = j % Y_PADDED
+                    n = tl.load(lists + j // Y_PADDED, mask=j < total, other=0)
+                frame_at = (n.to(tl.int64) if WIDE else n) * k_n
+                if part == 0:
+                    at = frame_at + tl.minimum(y, Y - 1) * k_y
                     key = tl.load(k + at[:, None] + d[None, :])
                     s = tl.dot(query, tl.trans(key), input_precision="ieee")
                     if PADDED:
                         s = tl.where((y < Y)[None, :], s, float("-inf"))
                 else:
                     live = (j < total) & (y < Y)
-                    n = tl.load(lists + j // Y_PADDED, mask=j < total, other=0)
-                    at = (n.to(tl.int64) if WIDE else n) * k_n + y * k_y
+                    at = frame_at + y * k_y
                     key = tl.load(k + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
                     s = tl.dot(query, tl.trans(key), input_precision="ieee")
                     s = tl.where(live[None, :], s, float("-inf"))
@@ -230,21 +238,26 @@ if triton is not None:
                     tops = tl.reshape(tops, (BM, BN // TILE // RUN, RUN))
                     first = i * BN + tl.arange(0, BN // TILE // RUN) * (RUN * TILE)
                     frame = tl.load(lists + first // Y_PADDED, mask=first < total, other=resident)
-                    place = frame * (Y_PADDED // TILE) + first % Y_PADDED // TILE
-                    row = (tl.program_id(1) * T * X + rows).to(tl.int64) * (resident * (Y_PADDED // TILE))
-                    tl.store(
-                        maxima + row[:, None, None] + place[None, :, None] + tl.arange(0, RUN)[None, None, :],
-                        tops,
-                        mask=inside[:, None, None] & (frame < resident)[None, :, None],
-                    )
+                    if tl.min(frame, 0) < resident if BANKED else True:
+                        place = frame * (Y_PADDED // TILE) + first % Y_PADDED // TILE
+                        row = (tl.program_id(1) * T * X + rows).to(tl.int64) * (resident * (Y_PADDED // TILE))
+                        tl.store(
+                            maxima + row[:, None, None] + place[None, :, None] + tl.arange(0, RUN)[None, None, :],
+                            tops,
+                            mask=inside[:, None, None] & (frame < resident)[None, :, None],
+                        )
                     tops = tl.reshape(tops, (BM, BN // TILE))
                 if VALUES:
                     if part == 0:
                         value = tl.load(v + at[:, None] + d[None, :])
                     else:
                         value = tl.load(v + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
-                        word = tl.load(words + j // Y_PADDED, mask=live, other=0)
-                        s = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, s, float("-inf"))
+                        if ONE:
+                            word = tl.load(words + i * BN // Y_PADDED)
+                            s = tl.where(((word >> bit) & 1)[:, None] != 0, s, float("-inf"))
+                        else:
+                            word = tl.load(words + j // Y_PADDED, mask=live, other=0)
+                            s = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, s, float("-inf"))
                         tops = s
                     m_new = tl.maximum(m, tl.max(tops, 1) * scale)
                     origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far
@@ -260,6 +273,19 @@ if triton is not None:
             tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside[:, None])
             lse += (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * T * X
             tl.store(lse + rows, (m + tl.log2(l)) * 0.6931471805599453, mask=inside)
+
+    @triton.jit
+    def _join(partial, partial_lse, at, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr):
+        """Row `at` of `rows` from the shares that `_forward` made of its keys, and its logarithm of a sum."""
+        share = tl.arange(0, SPLITS)
+        at_share = at + share * rows
+        d = tl.arange(0, D)
+        part = tl.load(partial_lse + at_share, mask=share < splits, other=float("-inf"))
+        value = tl.load(partial + at_share[:, None] * D + d[None, :], mask=(share < splits)[:, None], other=0.0)
+        m = tl.max(part, 0)
+        weight = tl.exp(part - tl.where(m == float("-inf"), 0.0, m))
+        l = tl.sum(weight, 0)
+        return tl.sum(weight[:, None] * value, 0) / tl.where(l == 0, 1.0, l), m + tl.log(l)
 
     @triton.jit
     def _combine(
@@ -280,18 +306,11 @@ if triton is not None:
         """Join the shares that `_forward` made of one row's keys."""
         row, b, h = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
         at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row
-        share = tl.arange(0, SPLITS)
-        at_share = at + share * (tl.num_programs(0).to(tl.int64) * tl.num_programs(1))
-        d = tl.arange(0, D)
-        part = tl.load(partial_lse + at_share, mask=share < splits, other=float("-inf"))
-        m = tl.max(part, 0)
-        weight = tl.exp(part - tl.where(m == float("-inf"), 0.0, m))
-        l = tl.sum(weight, 0)
-        value = tl.load(partial + at_share[:, None] * D + d[None, :], mask=(share < splits)[:, None], other=0.0)
-        acc = tl.sum(weight[:, None] * value, 0) / tl.where(l == 0, 1.0, l)
+        rows = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+        acc, total = _join(partial, partial_lse, at, rows, splits, D, SPLITS)
         place = out + b * o_b + h * o_h + (row // X).to(tl.int64) * o_t + row % X * o_x
-        tl.store(place + d, acc.to(out.dtype.element_ty))
-        tl.store(lse + at, m + tl.log(l))
+        tl.store(place + tl.arange(0, D), acc.to(out.dtype.element_ty))
+        tl.store(lse + at, total)
 
     @triton.jit
     def _backward_queries(
@@ -540,13 +559,16 @@ def frame_attention_triton(
     values: bool = True,
     splits: int | None = None,
     sizes: dict[str, int] | None = None,
+    join: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The kernels; arguments and results of `frame_attention`, and more.
 
     out: where to write, (B, H, T, X, D) of any type and strides. maxima: (buffer, tile): also store, before scaling, the
     largest score of every `tile` keys, where buffer is float32 (B, H, T * X, R * `tiles_per_frame(Y, tile)`) and belongs
     to the first R key frames; entries of frames outside a row's tile's list stay as they were. values=False does only
-    that. splits: shares of the keys that run side by side; sizes: tile sizes, both chosen by shape if None.
+    that. splits: shares of the keys that run side by side; sizes: tile sizes, both chosen by shape if None. join=False
+    returns the shares' results if there are several, float32 (splits, B, H, T, X, D) and (splits, B, H, T, X), for
+    `_join`.
     """
     check(q, k, v, visible)
     (b, h, t, x, d), (n, y) = q.shape, k.shape[2:4]
@@ -557,14 +579,15 @@ def frame_attention_triton(
     tile = maxima[1] if maxima else 1
     per_frame = tiles_per_frame(y, tile)
     padded = per_frame * tile if maxima else y
+    resident = maxima[0].shape[-1] // per_frame if maxima else 0
     lists, words, counts = visible.lists(x, sizes["BM"])
     tiles = lists.shape[1]
     splits = splits or shares(tiles * b * h, n * padded, sizes, q.device)
-    if out is None:
-        out = torch.empty(b, h, t, x, d, dtype=q.dtype, device=q.device)
-    lse = torch.empty(b, h, t, x, dtype=torch.float32, device=q.device)
     if splits == 1 or not values:
-        target, target_lse, strides = out, lse, (0, *out.stride()[:4])
+        if out is None:
+            out = torch.empty(b, h, t, x, d, dtype=q.dtype, device=q.device)
+        target, target_lse = out, torch.empty(b, h, t, x, dtype=torch.float32, device=q.device)
+        strides = 0, *out.stride()[:4]
     else:
         target = torch.empty(splits, b, h, t, x, d, dtype=torch.float32, device=q.device)
         target_lse = torch.empty(splits, b, h, t, x, dtype=torch.float32, device=q.device)
@@ -575,7 +598,7 @@ def frame_attention_triton(
         v,
         target,
         target_lse,
-        maxima[0] if maxima else lse,
+        maxima[0] if maxima else target_lse,
         lists,
         words,
         counts,
@@ -587,33 +610,37 @@ def frame_attention_triton(
         t,
         n,
         x,
-        maxima[0].shape[-1] // per_frame if maxima else 0,
+        resident,
         d**-0.5 * LOG2E,
         Y=y,
         Y_PADDED=padded,
         D=d,
-        SPLITS=splits,
         TILE=tile,
         SCORES=maxima is not None,
         VALUES=values,
         RUN=math.gcd(sizes["BN"] // tile, per_frame),
+        BANKED=resident < n,
         WIDE=wide(k),
         **sizes,
     )
-    if splits > 1 and values:
-        _combine[(t * x, b * h)](
-            target,
-            target_lse,
-            out,
-            lse,
-            *out.stride()[:4],
-            h,
-            x,
-            splits,
-            D=d,
-            SPLITS=triton.next_power_of_2(splits),
-            num_warps=1 if splits * d <= 1024 else 4,
-        )
+    if target.dim() == 5 or not join:
+        return target, target_lse
+    if out is None:
+        out = torch.empty(b, h, t, x, d, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, h, t, x, dtype=torch.float32, device=q.device)
+    _combine[(t * x, b * h)](
+        target,
+        target_lse,
+        out,
+        lse,
+        *out.stride()[:4],
+        h,
+        x,
+        splits,
+        D=d,
+        SPLITS=triton.next_power_of_2(splits),
+        num_warps=1 if splits * d <= 1024 else 4,
+    )
     return out, lse
 
 

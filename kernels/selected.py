@@ -3,7 +3,7 @@
 Special queries attend densely, which is `frames.frame_attention`. The 16 queries of a patch block attend to the special
 tokens of the frames that they see and to the tokens of their chosen blocks; the epilogue adds the gated compressed output.
 Where the special tokens are many, a dense launch of their own passes its softmax state on; where they are few, each block
-of queries reads them along.
+of queries reads them along. What needs no choice of blocks may begin before it is made (`begin_selected`).
 
 16 queries per gathered key do 16 operations per byte, which the cache in front of the multiprocessors cannot feed at the
 rate of the tensor cores; `group` lets neighbouring blocks share a selection and thereby their keys. Each warp owns the 16
@@ -13,6 +13,8 @@ Shape letters: see `frames`; L = S + 16 G tokens per frame (S special ones first
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +86,71 @@ class Beside:
         if self.wanted:
             torch.cuda.set_stream(self.main)
 
+    def mark(self) -> None:
+        """What is queued on the second stream by now is what `wait` waits for."""
+        if self.wanted:
+            self.event = self.side.record_event()
+
+    def wait(self) -> None:
+        """What follows waits for the work before the mark."""
+        if self.wanted:
+            self.main.wait_event(self.event)
+
     def join(self) -> None:
         """What follows waits for the work beside it."""
         if self.wanted:
             self.main.wait_stream(self.side)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What `begin` started, on a second stream if the queries are one frame's.
+
+    out: (B, H, T, L, D), of which special queries are being written; lse: (B, H, T, S), the logarithms of their sums of
+    exponentials. passed_on: the patches' attention to special tokens, float32 (B, H, T, 16 G, D), and its logarithms of
+    sums, or None where their blocks read special tokens along.
+    """
+
+    out: Tensor
+    lse: Tensor
+    passed_on: tuple[Tensor, Tensor] | None
+    beside: Beside
+
+
+def begin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fine: Visible,
+    specials: int,
+    passed_on: bool = False,
+    splits: int | None = None,
+    sizes: dict[str, int] | None = None,
+) -> Begun:
+    """Start what `selected_attention` can do before blocks are chosen; arguments as there.
+
+    passed_on: let patches attend to special tokens here. splits, sizes: of the special queries, see
+    `frames.frame_attention_triton`.
+    """
+    b, h, rows, d = q.shape
+    frames, resident = fine.table.shape[1:]
+    q = q.unflatten(2, (frames, rows // frames))
+    k, v = alike(k.unflatten(2, (resident, -1)), v.unflatten(2, (resident, -1)))
+    out = torch.empty(b, frames, q.shape[3], h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
+    beside = Beside(q.device, frames == 1 and specials > 0)  # one frame's queries leave most of the device idle
+    lse = torch.empty(b, h, frames, 0, device=q.device)
+    partial = None
+    if specials and passed_on:
+        with beside:
+            target = torch.empty(b, h, frames, q.shape[3] - specials, d, dtype=torch.float32, device=q.device)
+            special = k[:, :, :, :specials], v[:, :, :, :specials]
+            partial = frame_attention_triton(q[:, :, :, specials:], *special, fine, out=target)
+        beside.mark()
+    if specials:
+        with beside:
+            target = out[:, :, :, :specials]
+            lse = frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=target, splits=splits, sizes=sizes)[1]
+    return Begun(out, lse, partial, beside)
 
 
 def selected_attention_reference(
@@ -422,38 +485,39 @@ def attend_to_selected(
     sizes: dict[str, int] | None = None,
     passed_on: bool | None = None,
     save: bool = False,
+    begun: Begun | None = None,
 ) -> tuple[Tensor, ...]:
     """The output of `selected_attention`, and with `save` what the backward pass needs.
 
     That is the patches' attention before the gate (B, H, T, 16 G, D), and the logarithms of the sums of exponentials of
     patches (B, H, T, 16 G) and special queries (B, H, T, S). group: a power of two. sizes: see `step_sizes`. passed_on:
     whether patches attend to special tokens in a launch of its own, by default if that is more than to their chosen blocks.
+    begun: what `begin` returned for the same arguments, if it was called before.
     """
     frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group)
+    begun = begun or begin(q, k, v, fine, specials)
+    out, special_lse = begun.out, begun.lse
     b, h, _, d = q.shape
     q, gate = q.unflatten(2, (frames, length)), gate.unflatten(2, (frames, length))
     k, v = alike(k.unflatten(2, (resident, length)), v.unflatten(2, (resident, length)))
     compressed = compressed.unflatten(2, (frames, blocks))
-    out = torch.empty(b, frames, length, h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
-    beside = Beside(q.device, frames == 1)  # one frame's queries leave most of the device idle
-    special_lse = torch.empty(b, h, frames, 0, device=q.device)
-    if specials:
-        with beside:
-            special_lse = frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=out[:, :, :, :specials])[1]
     q, gate, patches = q[:, :, :, specials:], gate[:, :, :, specials:], out[:, :, :, specials:]
     if passed_on is None:
         passed_on = resident * specials > index.shape[-1] * BLOCK
-    passed_on = passed_on and specials > 0
+    passed_on = begun.passed_on is not None or passed_on and specials > 0
     attended, attended_lse = out, special_lse  # not written unless saved
     if save:
         attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         attended_lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-    turn = max(1, WORKSPACE // (4 * b * frames * blocks * BLOCK * d)) if passed_on else h
+    turn = max(1, WORKSPACE // (4 * b * frames * blocks * BLOCK * d)) if passed_on and not begun.passed_on else h
     for first in range(0, h, turn):
         heads = slice(first, first + turn)
         qs, ks, vs, cs, gs, os = (x[:, heads] for x in (q, k, v, compressed, gate, patches))
         lse = partial = out  # not read unless passed on
-        if passed_on:
+        if begun.passed_on:
+            partial, lse = begun.passed_on
+            begun.beside.wait()
+        elif passed_on:
             partial = torch.empty(qs.shape, dtype=torch.float32, device=q.device)
             lse = frame_attention_triton(qs, ks[:, :, :, :specials], vs[:, :, :, :specials], fine, out=partial)[1]
         grid = (frames * triton.cdiv(blocks, group), b * qs.shape[1])
@@ -492,7 +556,7 @@ def attend_to_selected(
             WIDE=wide(ks),
             **(sizes or step_sizes(group, grid[0] * grid[1], q.dtype, q.device)),
         )
-    beside.join()
+    begun.beside.join()
     return out.flatten(2, 3), attended, attended_lse, special_lse
 
 
@@ -590,6 +654,17 @@ class SelectedAttention(torch.autograd.Function):
         return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), None, None, None
 
 
+def begin_selected(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int) -> Begun | None:
+    """Start the part of `selected_attention` that needs no choice, beside what makes the choice; arguments as there.
+
+    Only of one new frame, whose queries leave most of the device idle, and without gradients; else None.
+    """
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not on_kernels(q) or specials == 0 or fine.table.shape[1] > 1 or differentiated:
+        return None
+    return begin(q, k, v, fine, specials, passed_on=True)
+
+
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -600,6 +675,7 @@ def selected_attention(
     fine: Visible,
     specials: int,
     group: int = 1,
+    begun: Begun | None = None,
 ) -> Tensor:
     """Fine attention of every query block to its chosen key blocks, and the gated sum with the compressed output.
 
@@ -608,8 +684,11 @@ def selected_attention(
     (B, H, T * L, 2), after the sigmoid. fine: of a table (B or 1, T, N). The 16 queries of a block attend to the tokens of its
     chosen blocks and to the first `specials` tokens of every frame that they see; their output is
     gate[..., 0] * compressed + gate[..., 1] * attended. Special queries attend to all tokens of those frames, ungated.
-    Returns (B, H, T * L, D), stored so that `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
+    begun: what `begin_selected` returned for the same arguments. Returns (B, H, T * L, D), stored so that
+    `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
     """
+    if begun is not None:
+        return attend_to_selected(q, k, v, index, compressed, gate, fine, specials, group, begun=begun)[0]
     if on_kernels(q):
         run = SelectedAttention.apply
     elif on_gathered(q, fine):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from speed3r_ros.kernels.coarse import coarse_attention
 from speed3r_ros.kernels.frames import Visible, frame_attention, on_kernels
-from speed3r_ros.kernels.selected import selected_attention
+from speed3r_ros.kernels.selected import begin_selected, selected_attention
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def speed3r(q: Tokens, k: Tokens, v: Tokens, fine: Visible, coarse: Visible, spe
     The 16 queries of a block then attend to the tokens of those blocks and to the special tokens of every resident
     frame. Special queries attend densely. Two independent sigmoid gates add both. Returns (B, H, T * L, D).
     """
+    begun = begin_selected(q.fine, k.fine, v.fine, fine, specials)
     compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
-    return selected_attention(q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials)
+    return selected_attention(q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials, begun=begun)
 
 
 STRATEGIES = {"dense": dense, "speed3r": speed3r}

@@ -234,6 +234,53 @@ def test_of_equal_scores_the_lower_number_wins(top_k, tile, frames):
     assert torch.equal(coarse_attention_reference(q, k, v, coarse, fine, top_k)[1].cpu(), expected)
 
 
+@needs_kernels
+@pytest.mark.parametrize("tile, splits", [(1, None), (1, 3), (2, 5), (8, 2)])
+@pytest.mark.parametrize(
+    "n, m, g, top_k, dtype",
+    [
+        (40, 44, 5, 4, torch.float32),  # more stored maxima than groups of them
+        (1, 1, 7, 32, torch.float32),  # one frame, fewer blocks than asked for
+        (1, 6, 3, 2, torch.float16),
+        (40, 40, 6, 40, torch.float16),
+    ],
+)
+def test_choice_of_one_new_frame_is_its_definition(n, m, g, top_k, dtype, tile, splits):
+    case = coarse_case(1, 1, n, m, g, 16, dtype, heads=1)
+    tuning = {"tile": tile, "splits": splits}
+    out, index, lse = coarse_module.attend_and_choose(*case, top_k, 1, **tuning)
+    exact = [x.double() for x in case[:3]]
+    expected, best = coarse_attention_reference(*exact, *case[3:], top_k)
+    assert error(out, expected) < TOLERANCE[dtype]
+    assert torch.equal(index, best)
+    q, k, v = (x.unflatten(2, (-1, g)) for x in exact)
+    assert (lse - frame_attention_reference(q, k, v, case[3])[1]).abs().max() < 10 * TOLERANCE[dtype]
+    again = coarse_module.attend_and_choose(*case, top_k, 1, **tuning)
+    assert all(torch.equal(x, y) for x, y in zip((out, index, lse), again))
+
+
+@needs_kernels
+@pytest.mark.parametrize("top_k, tile, spread", [(5, 1, 1), (5, 1, 30), (150, 1, 2), (5, 2, 1), (17, 4, 30)])
+def test_of_many_equal_scores_the_lower_number_wins(top_k, tile, spread):
+    q, k, v, coarse, fine = coarse_case(1, 1, 40, 41, 6, 16, heads=1)
+    q.copy_(torch.randint(-spread, spread + 1, q.shape))
+    k.copy_(torch.randint(-1, 2, k.shape)[:, :, torch.randint(9, k.shape[2:3])])
+    v = v.nan_to_num()
+    expected = coarse_attention_reference(q, k, v, coarse, fine, top_k)[1]
+    assert torch.equal(coarse_module.coarse_attention_triton(q, k, v, coarse, fine, top_k, 1, tile)[1], expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_choice_ends_where_scores_are_no_numbers(tile, bad):
+    q, k, v, coarse, fine = coarse_case(1, 1, 2, 2, 5, 16)
+    q[:, :, 2] = bad
+    index = coarse_module.coarse_attention_triton(q, k, v, coarse, fine, 3, 1, tile)[1].cpu()
+    good = [0, 1, 3, 4]
+    assert torch.equal(index[:, :, good], coarse_by_rows(q, k, v, coarse, fine, 3, 1)[1][:, :, good])
+
+
 # ------------------------------------------------------------------------------------------------------------ selected
 
 
@@ -308,6 +355,19 @@ def test_selected_kernel_is_its_definition(b, t, n, g, s, d, top_k, group, dtype
     case = selected_case(b, t, n, g, s, d, top_k, group, dtype)
     out = selected_module.selected_attention_triton(*case, passed_on=passed_on)
     assert error(out, selected_by_rows(*case)) < TOLERANCE[dtype]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@needs_kernels
+@pytest.mark.parametrize("passed_on", [False, True])
+@pytest.mark.parametrize("n, g, s, top_k", [(5, 3, 5, 4), (1, 2, 5, 9), (4, 2, 0, 3), (1, 1, 0, 1)])
+def test_selected_attention_begun_before_the_choice_is_its_definition(n, g, s, top_k, passed_on):
+    case = selected_case(1, 1, n, g, s, 16, top_k, 1)
+    q, k, v, *_, fine, specials, _ = case
+    begun = selected_module.begin(q, k, v, fine, specials, passed_on, splits=3)
+    assert (begun.passed_on is not None) == (passed_on and s > 0)
+    out = selected_attention(*case, begun=begun)
+    assert error(out, selected_by_rows(*case)) < TOLERANCE[torch.float32]
     assert out.transpose(1, 2).is_contiguous()
 
 
