@@ -1,0 +1,97 @@
+"""Published checkpoints: key sets equal to the manifests, and one clear line for every way in which a file can be wrong."""
+
+import pytest
+import torch
+from goldens import manifest, published, tiny
+from safetensors.torch import save_file
+
+from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
+from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone, load_into
+
+MANIFESTS = {"pi3": "pi3", "pi3x": "pi3x", "speed3r-pi3": "speed3r_pi3"}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_keys_and_shapes_equal_the_manifest(name):
+    model = build_backbone(name, "meta")
+    keys = {
+        k: tuple(s) for k, s in manifest(MANIFESTS[name])[0].items() if not k.startswith(getattr(model, "UNUSED", ()))
+    }
+    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == keys
+
+
+def tiny_pi3():
+    return Pi3(Pi3Config(128, 2, 2, 5, 6, 5, 2, 64))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return published(*tiny("pi3_tiny"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_round_trip(tmp_path, state, suffix):
+    (save_file if suffix == ".safetensors" else torch.save)(state, tmp_path / f"model{suffix}")
+    with torch.device("meta"):
+        model = tiny_pi3()
+    model = load_into(model, tmp_path, "")
+    assert not model.training
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+
+
+def refused(path, says):
+    with pytest.raises(ValueError, match=says) as error:
+        load_into(tiny_pi3(), path, "do this")
+    assert "\n" not in str(error.value)
+
+
+def renamed(state):
+    state["aaa.weight"] = state.pop("camera_head.fc_t.bias")
+
+
+def missing(state):
+    del state["camera_head.fc_t.bias"]
+
+
+def reshaped(state):
+    state["camera_head.fc_t.bias"] = torch.zeros(7)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (renamed, r"'aaa.weight' is \(3,\) in the file but unknown in the network; do this"),
+        (missing, r"'camera_head.fc_t.bias' is missing in the file but \(3,\) in the network; do this"),
+        (reshaped, r"'camera_head.fc_t.bias' is \(7,\) in the file but \(3,\) in the network; do this"),
+    ],
+)
+def test_first_differing_key_is_named_with_both_shapes(tmp_path, state, suffix, change, says):
+    state = dict(state)
+    change(state)
+    path = tmp_path / f"model{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    refused(path, says)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("kept", [0.6, 0.0])
+def test_truncated_file(tmp_path, state, suffix, kept):
+    path = tmp_path / f"model{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    refused(path, f"model{suffix}: truncated")
+
+
+def test_other_files(tmp_path):
+    refused(tmp_path, "0 checkpoints .*expected one; do this")
+    torch.save({"model": {}}, tmp_path / "model.pt")
+    refused(tmp_path, "not a plain table of tensors")
+    torch.save(tiny_pi3(), tmp_path / "model.pt")
+    refused(tmp_path, "truncated or not a checkpoint of tensors")
+    (tmp_path / "model.pth").touch()
+    refused(tmp_path, "2 checkpoints")
+    with pytest.raises(ValueError, match="hal9000.*choose one of pi3, "):
+        load_backbone("hal9000", tmp_path)
