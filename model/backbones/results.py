@@ -80,3 +80,13 @@ def unproject(depth: Tensor, K: Tensor) -> Tensor:
     v, u = torch.meshgrid(*(torch.arange(n, device=depth.device) for n in depth.shape[-2:]), indexing="ij")
     fx, fy, cx, cy = (K[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
     return torch.stack([(u - cx) / fx, (v - cy) / fy, torch.ones_like(depth)], -1) * depth[..., None]
+
+
+def intrinsics_from_fov(fov: Tensor, size: tuple[int, int]) -> Tensor:
+    """Vertical and horizontal field of view (..., 2) in rad -> (..., 3, 3) in pixels, the centre at (W / 2, H / 2)."""
+    height, width = size
+    tangent = (fov / 2).tan().clamp(min=1e-6)
+    K = torch.zeros(*fov.shape[:-1], 3, 3, dtype=fov.dtype, device=fov.device)
+    K[..., 0, 0], K[..., 1, 1] = width / 2 / tangent[..., 1], height / 2 / tangent[..., 0]
+    K[..., 0, 2], K[..., 1, 2], K[..., 2, 2] = width / 2, height / 2, 1
+    return K

@@ -1,0 +1,66 @@
+"""VGGT and StreamVGGT against the official code's outputs."""
+
+import pytest
+import torch
+from goldens import Golden, images, published, tiny
+
+from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
+
+TINY = VggtConfig(
+    channels=128, heads=2, encoder_blocks=2, table=5, pairs=4, camera_blocks=2, camera_heads=4,
+    features=64, levels=(32, 48, 64, 64), taps=(0, 1, 2, 3),
+)  # fmt: skip
+VIEWS = (3, 56, 84)
+
+
+def golden_model(causal=False):
+    model = Vggt(TINY, causal)
+    state = published(*tiny("vggt_tiny"))
+    model.load_state_dict({key: value for key, value in state.items() if not key.startswith(Vggt.UNUSED)})
+    return model.eval()
+
+
+def check_outputs(golden, out, prefix=""):
+    for name in ("pose_enc", "depth", "depth_conf", "world_points", "world_points_conf"):
+        golden.check(prefix + name, out.raw[name])
+
+
+@pytest.mark.parametrize("chunk", [2, 8])
+@torch.inference_mode()
+def test_vggt_matches_the_official_code_stage_by_stage(chunk):
+    model, golden = golden_model(), Golden("vggt_tiny")
+    x = model.aggregator.encode(images(*VIEWS)[0], chunk)
+    golden.check("dino_patch_tokens", x)
+    first, last = model.aggregator(x, 3, (4, 6), (0, 3), chunk=chunk)
+    golden.check("agg_0", first[None])
+    golden.check("agg_3", last[None])
+    golden.check("pose_enc_iter0", model.camera_head(last[None, :, 0])[0])
+    out = model(images(*VIEWS), chunk=chunk)
+    check_outputs(golden, out)
+    golden.check("extrinsic", torch.linalg.inv(out.T_world_cam)[:, :, :3])
+    golden.check("intrinsic", out.K)
+
+
+@torch.inference_mode()
+def test_streamvggt_matches_the_official_causal_form():
+    check_outputs(Golden("streamvggt_tiny"), golden_model(causal=True)(images(*VIEWS)), "causal_batch/")
+
+
+@torch.inference_mode()
+def test_points_project_to_their_pixels_in_the_frame_of_the_camera():
+    out = golden_model()(images(*VIEWS), point_head=False)
+    projected = torch.einsum("bnij,bnhwj->bnhwi", out.K, out.points)
+    pixels = projected[..., :2] / projected[..., 2:]
+    v, u = torch.meshgrid(torch.arange(56.0), torch.arange(84.0), indexing="ij")
+    torch.testing.assert_close(pixels, torch.stack([u, v], -1).expand_as(pixels), rtol=0, atol=1e-3)
+    torch.testing.assert_close(out.points[..., 2], out.depth)
+    assert "world_points" not in out.raw
+
+
+@torch.inference_mode()
+def test_selecting_all_blocks_equals_dense_attention():
+    model, x = golden_model(), images(3, 56, 112)
+    sparse, dense = model(x, attention="speed3r", top_k=24), model(x)
+    torch.testing.assert_close(sparse.depth, dense.depth, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sparse.T_world_cam, dense.T_world_cam, rtol=1e-4, atol=1e-4)
+    assert (model(x, attention="speed3r", top_k=1).depth - dense.depth).abs().max() > 1e-3
