@@ -5,10 +5,17 @@ import torch
 from goldens import manifest, published, tiny
 from safetensors.torch import save_file
 
+from speed3r_ros.model.backbones.da3 import Da3, Da3Config
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
 from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone, load_into
+from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 
-MANIFESTS = {"pi3": "pi3", "pi3x": "pi3x", "speed3r-pi3": "speed3r_pi3"}
+MANIFESTS = {
+    "pi3": "pi3", "pi3x": "pi3x", "speed3r-pi3": "speed3r_pi3",
+    "vggt-1b": "vggt_1b", "vggt-1b-commercial": "vggt_1b", "streamvggt": "streamvggt",
+    "da3-small": "da3_small", "da3-base": "da3_base", "da3-large": "da3_large", "da3-giant": "da3_giant",
+    "da3-nested": "da3nested_giant_large", "da3-metric": "da3metric_large", "da3-mono": "da3mono_large",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -95,3 +102,28 @@ def test_other_files(tmp_path):
     refused(tmp_path, "2 checkpoints")
     with pytest.raises(ValueError, match="hal9000.*choose one of pi3, "):
         load_backbone("hal9000", tmp_path)
+
+
+def test_a_tensor_that_modules_share_may_be_stored_once(tmp_path):
+    keys, aliases = tiny("da3_tiny")
+    state = published(keys, aliases)
+    assert not aliases.keys() & state.keys()
+    save_file(state, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = Da3(Da3Config(128, 2, 8, 2, (3, 5, 6, 7), 64, (32, 48, 64, 64), table=5))
+    loaded = load_into(model, tmp_path, "").state_dict()
+    for alias, key in aliases.items():
+        torch.testing.assert_close(loaded[alias], state[key], rtol=0, atol=0)
+    del state[key]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="output_conv2_aux.0.2.(weight|bias)' is missing"):
+        load_into(model, tmp_path, "")
+
+
+def test_keys_of_parts_that_are_not_run_are_passed_over(tmp_path):
+    state = published(*tiny("vggt_tiny"))
+    torch.save(state, tmp_path / "model.pt")
+    with torch.device("meta"):
+        model = Vggt(VggtConfig(128, 2, 2, 5, 4, 4, 2, 4, 64, (32, 48, 64, 64), (0, 1, 2, 3)))
+    loaded = load_into(model, tmp_path, "").state_dict()
+    assert loaded.keys() == {key for key in state if not key.startswith(("track_head.", "aggregator.patch_embed.mask"))}

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from speed3r_ros.model.backbones.da3 import BASE, GIANT, LARGE, SMALL, Da3, Da3Mono, Da3Nested
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3X, Speed3RPi3
+from speed3r_ros.model.backbones.vggt import Vggt
 from speed3r_ros.model.weights import read_safetensors, require_same_shapes
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -29,6 +31,16 @@ BACKBONES = {
     "pi3": Backbone(Pi3, "yyfz233/Pi3", "CC BY-NC 4.0"),
     "pi3x": Backbone(Pi3X, "yyfz233/Pi3X", "CC BY-NC 4.0"),
     "speed3r-pi3": Backbone(Speed3RPi3, "weining17/Speed3R_Pi3", "CC BY-NC 4.0"),
+    "vggt-1b": Backbone(Vggt, "facebook/VGGT-1B", "CC BY-NC 4.0"),
+    "vggt-1b-commercial": Backbone(Vggt, "facebook/VGGT-1B-Commercial", "VGGT License v1 (commercial, not military)"),
+    "streamvggt": Backbone(lambda: Vggt(causal=True), "lch01/StreamVGGT", "CC BY-NC-SA 4.0"),
+    "da3-small": Backbone(lambda: Da3(SMALL), "depth-anything/DA3-SMALL", "Apache-2.0"),
+    "da3-base": Backbone(lambda: Da3(BASE), "depth-anything/DA3-BASE", "Apache-2.0"),
+    "da3-large": Backbone(lambda: Da3(LARGE), "depth-anything/DA3-LARGE-1.1", "CC BY-NC 4.0"),
+    "da3-giant": Backbone(lambda: Da3(GIANT), "depth-anything/DA3-GIANT-1.1", "CC BY-NC 4.0"),
+    "da3-nested": Backbone(Da3Nested, "depth-anything/DA3NESTED-GIANT-LARGE-1.1", "CC BY-NC 4.0"),
+    "da3-metric": Backbone(lambda: Da3Mono(metric=True), "depth-anything/DA3METRIC-LARGE", "Apache-2.0"),
+    "da3-mono": Backbone(Da3Mono, "depth-anything/DA3MONO-LARGE", "Apache-2.0"),
 }
 
 
