@@ -240,6 +240,8 @@ class Pi3(nn.Module):
             x = x[:, order]
         if self.specials:
             x = torch.cat([self.register_token[0].expand(len(x), -1, -1), x], 1)
+        elif order is None:
+            x = x.clone()  # the blocks write in its place
         at = positions(*grid, self.specials, order, x.device)
         tables = self._tables(at)
         across = AcrossViews.of(at, self.specials, views, tables[0].shape[-1], attention, top_k, chunk, self._rounded)
@@ -253,7 +255,8 @@ class Pi3(nn.Module):
             return last, x
         specials = torch.arange(self.specials, device=x.device)
         back = torch.cat([specials, order.argsort() + self.specials])
-        return last[:, back], x[:, back]
+        last, x = (by_frames(lambda y: y[:, back], chunk, y, out=y) for y in (last, x))
+        return last, x
 
     def read(self, x: Tensor, grid: tuple[int, int], tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder output (F, L, 2 C) -> points (F, 3, H, W) as x/z, y/z and log z; confidence logit (F, 1, H, W); (F, 12)."""
@@ -299,8 +302,7 @@ class Pi3(nn.Module):
         if working != tuple(size):
             images = F.interpolate(images, working, mode="bilinear", antialias=True)
         grid = patch_grid(*working)
-        x = self.encode(images, chunk)
-        decoded = self.decode(x, views, grid, attention or self.attention, top_k, chunk)
+        decoded = self.decode(self.encode(images, chunk), views, grid, attention or self.attention, top_k, chunk)
         return self.assemble(decoded, views, grid, size, chunk)
 
 

@@ -186,8 +186,16 @@ class Vggt(nn.Module):
         """
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
         grid = patch_grid(*size)
-        x = self.aggregator.encode(images.flatten(0, 1), chunk)
-        taps = self.aggregator(x, views, grid, self.config.taps, attention, top_k, chunk, self.causal)
+        taps = self.aggregator(
+            self.aggregator.encode(images.flatten(0, 1), chunk),
+            views,
+            grid,
+            self.config.taps,
+            attention,
+            top_k,
+            chunk,
+            self.causal,
+        )
         encoding = self.camera_head(taps[-1][:, 0].unflatten(0, (b, views)), self.causal)[-1]
         T_world_cam, K = cameras(encoding, size)
 

@@ -1,0 +1,49 @@
+"""Official backbones with bfloat16 products, on random weights: near float32, which residual streams and results keep."""
+
+import pytest
+import torch
+
+from speed3r_ros.model.backbones.blocks import Block
+from speed3r_ros.model.backbones.da3 import Da3, Da3Config, Da3Mono, Da3Nested
+from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Pi3X, Speed3RPi3
+from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
+
+PI3 = dict(
+    channels=128, heads=2, encoder_blocks=2, table=5, decoder_blocks=6, head_blocks=2, camera_channels=64,
+    metric_channels=64, metric_heads=2, metric_blocks=1, upsample=(32, 32, 32), last_channels=8,
+)  # fmt: skip
+ANY = Da3Config(128, 2, 6, 2, (2, 3, 4, 5), 32, (8, 8, 8, 8), table=5)
+MONO = Da3Config(128, 2, 4, None, (0, 1, 2, 3), 32, (8, 8, 8, 8), table=5)
+MODELS = {
+    "pi3": lambda: Pi3(Pi3Config(**PI3)),
+    "pi3x": lambda: Pi3X(Pi3Config(**PI3)),
+    "speed3r-pi3": lambda: Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})),
+    "vggt": lambda: Vggt(VggtConfig(128, 2, 2, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3))),
+    "da3": lambda: Da3(ANY),
+    "da3-mono": lambda: Da3Mono(MONO),
+    "da3-nested": lambda: Da3Nested(ANY, MONO),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_bfloat16_stays_near_float32(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    images = torch.rand(1, 3, 3, 56, 112)
+    given = {}
+    if name == "pi3x":
+        poses = torch.eye(4).repeat(1, 3, 1, 1)
+        poses[0, :, 0, 3] = torch.arange(3.0)
+        given = dict(depth=1 + torch.rand(1, 3, 56, 112), K=torch.eye(3).expand(1, 3, 3, 3), T_world_cam=poses)
+    streams = []
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.norm1.register_forward_pre_hook(lambda _, x: streams.append(x[0].dtype))
+    expected = model(images, **given)
+    out = model.precision(torch.bfloat16)(images, **given)
+    assert set(streams) == {torch.float32} and not torch.equal(out.depth, expected.depth)
+    for field in ("depth", "points", "confidence", "T_world_cam", "K"):
+        a, b = getattr(out, field), getattr(expected, field)
+        assert (a is None) == (b is None), field
+        if a is not None:
+            assert a.dtype == torch.float32 and (a - b).norm() <= 0.02 * b.norm(), field
