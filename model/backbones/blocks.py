@@ -295,8 +295,9 @@ class AcrossViews:
             if self.pooled is None:
                 return fine
             high = torch.promote_types(qkv.dtype, torch.float32)
-            mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high).to(qkv.dtype)
-            return *fine, *block.attn.prepare(mean, self.pooled), mean[:, :, 2]
+            mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high)
+            pooled = (*block.attn.prepare(mean, self.pooled), mean[:, :, 2])
+            return *fine, *(y.to(qkv.dtype) for y in pooled)
 
         q, k, *pooled = map(self.sequences, by_frames(prepare, self.chunk, qkv))
         v = self.sequences(qkv[:, :, 2])

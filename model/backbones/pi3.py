@@ -405,37 +405,29 @@ class PoseBlock(Block):
     matrix of the token's view, the rest turns with the patch's column and row. Values are transformed too, outputs back.
     """
 
-    def transform(self, x: Tensor, matrix: Tensor, angle: Tensor, back: bool = False) -> Tensor:
-        """x: (B, H, N, P, D). matrix: (B, N, 4, 4). angle: (P, D / 4) of column and row. back: turn by minus the angle."""
+    def transform(self, x: Tensor, matrix: Tensor, angle: Tensor) -> Tensor:
+        """x: (V, P, H, D) of V views. matrix: (V, 4, 4). angle: (P, 2, D / 8), by column and by row."""
         head, rest = x.split(x.shape[-1] // 2, -1)
-        head = torch.einsum("bnij,bhnpgj->bhnpgi", matrix, head.unflatten(-1, (-1, 4))).flatten(-2)
-        a, b = rest.unflatten(-1, (2, 2, -1)).unbind(-2)  # each (..., axis, D / 8)
-        cos, sin = angle.cos(), -angle.sin() if back else angle.sin()
-        rest = torch.stack([a * cos + b * sin, b * cos - a * sin], -2).flatten(-3)
-        return torch.cat([head, rest], -1)
+        head = torch.einsum("vij,vphgj->vphgi", matrix, head.unflatten(-1, (-1, 4))).flatten(-2)
+        a, b = rest.unflatten(-1, (2, 2, -1)).unbind(-2)  # each (V, P, H, 2, D / 8)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat([head, torch.stack([a * cos + b * sin, b * cos - a * sin], -2).flatten(-3)], -1)
 
-    def inject(self, x: Tensor, T_world_cam: Tensor, posed: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens (F, P, C), poses (B, N, 4, 4), posed: (B, N) bool -> what to add to x, zero where not posed."""
-        views = posed.shape[1]
-        h = self.norm1(x)
-        qkv = self.attn.project(h)
-        q, k = self.attn.prepare(qkv, None)
+    def change(self, x: Tensor, T_world_cam: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens (V, P, C) of the views of a sequence with poses (V, 4, 4) -> what to add to them."""
+        qkv = self.attn.project(self.norm1(x))
+        rate = 100.0 ** (-torch.arange(qkv.shape[-1] // 8, device=x.device) / (qkv.shape[-1] // 8))
+        angle = (positions(*grid, 0, None, x.device) - 1).flip(1)[..., None] * rate
+        T_cam_world = invert(T_world_cam)
         q, k, v = (
-            y.unflatten(0, (-1, views)).permute(0, 3, 1, 2, 4).to(T_world_cam.dtype) for y in (q, k, qkv[:, :, 2])
+            self.transform(y.to(T_world_cam.dtype), matrix, angle).to(qkv.dtype).flatten(0, 1).transpose(0, 1)[None]
+            for y, matrix in zip(
+                (*self.attn.prepare(qkv, None), qkv[:, :, 2]), (T_cam_world.mT, T_world_cam, T_world_cam)
+            )
         )
-        quarter = q.shape[-1] // 8
-        rate = 100.0 ** (-torch.arange(quarter, device=x.device) / quarter)
-        y_at, x_at = (positions(*grid, 0, None, x.device) - 1).unbind(1)
-        angle = torch.stack([x_at, y_at], -1)[..., None] * rate  # (P, axis, D / 8)
-        E, inverse = invert(T_world_cam), T_world_cam
-        q, k, v = (self.transform(y, m, angle) for y, m in ((q, E.mT), (k, inverse), (v, inverse)))
-        seen = posed.repeat_interleave(x.shape[1], 1)
-        mask = (seen[:, None, :] & seen[:, :, None])[:, None]
-        out = F.scaled_dot_product_attention(*(y.flatten(2, 3).to(qkv.dtype) for y in (q, k, v)), attn_mask=mask)
-        out = self.transform(out.unflatten(2, (views, -1)).to(E.dtype), E, angle, back=True)
-        out = out.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1).to(qkv.dtype)
-        change = self.ls1(self.attn.proj(out)) + self.ls2(self.mlp(self.norm2(x).to(qkv.dtype)))
-        return torch.where(posed.flatten()[:, None, None], change, 0)
+        out = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).unflatten(0, (len(x), -1))
+        out = self.transform(out.to(T_world_cam.dtype), T_cam_world, -angle).flatten(2).to(qkv.dtype)
+        return self.ls1(self.attn.proj(out)) + self.ls2(self.mlp(self.norm2(x).to(qkv.dtype)))
 
 
 class Pi3X(Pi3):
@@ -519,7 +511,10 @@ class Pi3X(Pi3):
             def inject(i: int, x: Tensor) -> None:
                 if i in self.INJECTED:
                     block = self.pose_inject_blk[self.INJECTED.index(i)]
-                    x[:, self.specials :] += block.inject(x[:, self.specials :], T, has_pose, grid)
+                    for sequence, poses, posed in zip(x.unflatten(0, (b, views)), T, has_pose):
+                        sequence[posed, self.specials :] += block.change(
+                            sequence[posed, self.specials :], poses[posed], grid
+                        )
 
         decoded = self.decode(x, views, grid, attention, top_k, chunk, inject)
         out = self.assemble(decoded, views, grid, size, chunk)
