@@ -6,6 +6,7 @@ import torch
 from speed3r_ros.model.backbones.blocks import Block
 from speed3r_ros.model.backbones.da3 import Da3, Da3Config, Da3Mono, Da3Nested
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Pi3X, Speed3RPi3
+from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 
 PI3 = dict(
@@ -18,7 +19,7 @@ MODELS = {
     "pi3": lambda: Pi3(Pi3Config(**PI3)),
     "pi3x": lambda: Pi3X(Pi3Config(**PI3)),
     "speed3r-pi3": lambda: Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})),
-    "vggt": lambda: Vggt(VggtConfig(128, 2, 2, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3))),
+    "vggt": lambda: Vggt(VggtConfig(128, 2, 2, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3), TrackerConfig(8, 16))),
     "da3": lambda: Da3(ANY),
     "da3-mono": lambda: Da3Mono(MONO),
     "da3-nested": lambda: Da3Nested(ANY, MONO),

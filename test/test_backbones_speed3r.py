@@ -11,6 +11,7 @@ from speed3r_ros.kernels import coarse, frames, selected
 from speed3r_ros.model import attention as strategies
 from speed3r_ros.model.backbones.blocks import block_order
 from speed3r_ros.model.backbones.pi3 import Pi3Config, Speed3RPi3
+from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 
 SIZES = dict(channels=128, heads=2, encoder_blocks=2, table=5, head_blocks=2, camera_channels=64)
@@ -171,7 +172,9 @@ def test_unknown_strategies_are_refused():
 def test_kernels_take_the_tokens_of_backbones_as_they_lie_in_memory(kind, attention, monkeypatch):
     if kind == "vggt":
         torch.manual_seed(0)
-        model = Vggt(VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0))).aggregator
+        model = Vggt(
+            VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0), TrackerConfig(8, 16))
+        ).aggregator
     else:
         model = random_student(dtype=torch.float32)
     x = torch.randn(3, 32, 128)

@@ -6,7 +6,7 @@ Official sources: facebookresearch/vggt (Wang et al., CVPR 2025) and wzzheng/Str
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from speed3r_ros.model.backbones.results import (
     rotation_from_quaternion,
     unproject,
 )
+from speed3r_ros.model.backbones.tracker import TrackerConfig, TrackHead
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class VggtConfig:
     features: int = 256
     levels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
     taps: tuple[int, int, int, int] = (4, 11, 17, 23)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 
 class Aggregator(nn.Module):
@@ -156,9 +158,9 @@ def cameras(encoding: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 class Vggt(nn.Module):
-    """VGGT; with `causal`, StreamVGGT's parallel form. The tracker is not run: its keys are passed over."""
+    """VGGT; with `causal`, StreamVGGT's parallel form."""
 
-    UNUSED = ("track_head.", "aggregator.patch_embed.mask_token")
+    UNUSED = ("aggregator.patch_embed.mask_token",)
 
     def __init__(self, config: VggtConfig = VggtConfig(), causal: bool = False) -> None:
         super().__init__()
@@ -168,21 +170,31 @@ class Vggt(nn.Module):
         self.camera_head = CameraHead(width, c.camera_heads, c.camera_blocks)
         self.point_head = DPT(width, c.features, c.levels, 4, relu_skip=True)
         self.depth_head = DPT(width, c.features, c.levels, 2, relu_skip=True)
+        self.track_head = TrackHead(width, c.levels, c.tracker)
 
     def precision(self, dtype: torch.dtype) -> Vggt:
         """Run the products of the aggregator in `dtype`; heads and the residual stream stay float32."""
-        set_precision(self, dtype, ("camera_head", "point_head", "depth_head"))
+        set_precision(self, dtype, ("camera_head", "point_head", "depth_head", "track_head"))
         return self
 
     def forward(
-        self, images: Tensor, *, attention: str = "dense", top_k: int = 32, chunk: int = 8, point_head: bool = True
+        self,
+        images: Tensor,
+        queries: Tensor | None = None,
+        *,
+        attention: str = "dense",
+        top_k: int = 32,
+        chunk: int = 8,
+        point_head: bool = True,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry in units of the mean distance of points to the first camera.
 
-        Points are the depth unprojected, which its authors found better than the point head's; that one is only in `raw`
-        (in the world's frame), and left out if `point_head` is False. K has its principal point at (W / 2, H / 2) with pixel
-        centres at integers, as in the official code. attention other than dense: sides must be multiples of 56, and there
-        are no trained gates: the selected blocks alone count. chunk: views that all but that attention take at a time.
+        queries: pixels of the first view (B, Q, 2), x then y, to follow through the others; `raw` then has track (B, N, Q,
+        2), track_vis and track_conf (B, N, Q). Points are the depth unprojected, which its authors found better than the
+        point head's; that one is only in `raw` (in the world's frame), and left out if `point_head` is False. K has its
+        principal point at (W / 2, H / 2) with pixel centres at integers, as in the official code. attention other than dense:
+        sides must be multiples of 56, and there are no trained gates: the selected blocks alone count. chunk: views that all
+        but that attention take at a time.
         """
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
         grid = patch_grid(*size)
@@ -212,4 +224,7 @@ class Vggt(nn.Module):
             out = dense(self.point_head)
             raw["world_points"] = (out[:, :, :3].sign() * out[:, :, :3].abs().expm1()).permute(0, 1, 3, 4, 2)
             raw["world_points_conf"] = 1 + out[:, :, 3].exp()
+        if queries is not None:
+            tracks = self.track_head(taps, self.aggregator.specials, views, grid, queries, chunk=chunk)
+            raw |= dict(track=tracks.positions, track_vis=tracks.visibility, track_conf=tracks.confidence)
         return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T_world_cam, K, raw=raw)
