@@ -96,6 +96,29 @@ def positions(h: int, w: int, specials: int, order: Tensor | None = None, device
     return torch.cat([patches.new_zeros(specials, 2), patches if order is None else patches[order]])
 
 
+class Layout:
+    """Order of a view's tokens: special ones, then patches, row by row or, for sparse attention, block by block.
+
+    at: (L, 2) positions of the tokens. ValueError: see `block_order`.
+    """
+
+    def __init__(self, grid: tuple[int, int], specials: int, attention: str, device: torch.device) -> None:
+        order = None if attention == "dense" else block_order(*grid, device)
+        self.at = positions(*grid, specials, order, device)
+        self._order = self._back = None
+        if order is not None:
+            self._order = torch.cat([torch.arange(specials, device=device), specials + order])
+            self._back = self._order.argsort()
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Tokens (F, L, C) whose patches lie row by row -> in this order; x itself if that is the same."""
+        return x if self._order is None else x[:, self._order]
+
+    def restore(self, x: Tensor, chunk: int) -> Tensor:
+        """The inverse, in x's place where no gradients are recorded."""
+        return x if self._back is None else by_frames(lambda y: y[:, self._back], chunk, x, out=x)
+
+
 def rotary(at: Tensor, width: int, rounded: torch.dtype = torch.float32) -> Tables:
     """Tables of the 2-D rotary embedding with base 100 at integer positions (X, 2), half of the head for each axis.
 

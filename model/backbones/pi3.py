@@ -20,10 +20,10 @@ from speed3r_ros.model.backbones.blocks import (
     AcrossViews,
     Block,
     DinoV2,
+    Layout,
     Mlp,
     PatchEmbed,
     Tables,
-    block_order,
     by_frames,
     patch_grid,
     positions,
@@ -235,28 +235,23 @@ class Pi3(nn.Module):
 
         inject: called after each pair of blocks with its number and the tokens, which it changes.
         """
-        order = None if attention == "dense" else block_order(*grid, x.device)
-        if order is not None:
-            x = x[:, order]
+        layout, given = Layout(grid, self.specials, attention, x.device), x
         if self.specials:
             x = torch.cat([self.register_token[0].expand(len(x), -1, -1), x], 1)
-        elif order is None:
+        x = layout.arrange(x)
+        if x is given:
             x = x.clone()  # the blocks write in its place
-        at = positions(*grid, self.specials, order, x.device)
-        tables = self._tables(at)
-        across = AcrossViews.of(at, self.specials, views, tables[0].shape[-1], attention, top_k, chunk, self._rounded)
+        tables = self._tables(layout.at)
+        across = AcrossViews.of(
+            layout.at, self.specials, views, tables[0].shape[-1], attention, top_k, chunk, self._rounded
+        )
         for i, (frame, across_views) in enumerate(self.pairs):
             x = by_frames(lambda x, frame=frame: frame(x, tables), chunk, x, out=x)
             last = x.clone() if i == len(self.pairs) - 1 else x
             x = across(across_views, x)
             if inject:
                 inject(i, x)
-        if order is None:
-            return last, x
-        specials = torch.arange(self.specials, device=x.device)
-        back = torch.cat([specials, order.argsort() + self.specials])
-        last, x = (by_frames(lambda y: y[:, back], chunk, y, out=y) for y in (last, x))
-        return last, x
+        return layout.restore(last, chunk), layout.restore(x, chunk)
 
     def read(self, x: Tensor, grid: tuple[int, int], tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder output (F, L, 2 C) -> points (F, 3, H, W) as x/z, y/z and log z; confidence logit (F, 1, H, W); (F, 12)."""

@@ -18,11 +18,10 @@ from speed3r_ros.model.backbones.blocks import (
     AcrossViews,
     Block,
     DinoV2,
+    Layout,
     Mlp,
-    block_order,
     by_frames,
     patch_grid,
-    positions,
     set_precision,
 )
 from speed3r_ros.model.backbones.dpt import DPT
@@ -95,16 +94,10 @@ class Aggregator(nn.Module):
         causal: bool = False,
     ) -> list[Tensor]:
         """Patch tokens (F, h * w, C) -> for each pair in `taps`, outputs of both blocks (F, L, 2 C), special tokens first."""
-        order = back = None
-        if attention != "dense":
-            order = block_order(*grid, x.device)
-            specials = torch.arange(self.specials, device=x.device)
-            back = torch.cat([specials, order.argsort() + self.specials])
-            x = x[:, order]
-        x = torch.cat([self.special_tokens(len(x) // views, views), x], 1)
-        at = positions(*grid, self.specials, order, x.device)
+        layout = Layout(grid, self.specials, attention, x.device)
+        x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, views), x], 1))
         width = self.config.channels // self.config.heads
-        across = AcrossViews.of(at, self.specials, views, width, attention, top_k, chunk, causal=causal)
+        across = AcrossViews.of(layout.at, self.specials, views, width, attention, top_k, chunk, causal=causal)
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
             x = by_frames(lambda x, frame=frame: frame(x, across.tables), chunk, x, out=x)
@@ -113,8 +106,7 @@ class Aggregator(nn.Module):
                 continue
             inside = x.clone()
             x = across(across_views, x)
-            both = torch.cat([inside, x], -1)
-            outputs[i] = both if back is None else both[:, back]
+            outputs[i] = layout.restore(torch.cat([inside, x], -1), chunk)
         return [outputs[i] for i in taps]
 
 
