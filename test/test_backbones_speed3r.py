@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from speed3r_ros.kernels import coarse, frames, selected
 from speed3r_ros.model import attention as strategies
-from speed3r_ros.model.backbones.blocks import block_order
+from speed3r_ros.model.backbones.blocks import AcrossViews, Block, Layout, block_order
 from speed3r_ros.model.backbones.pi3 import Pi3Config, Speed3RPi3
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
@@ -155,6 +155,16 @@ def test_gradients_flow_in_chunks_too():
         grads.append([p.grad.clone() for n, p in model.named_parameters() if n.startswith("global_decoder.0")])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [2, 8])
+@torch.inference_mode()
+def test_keys_and_values_lie_alike_in_memory(chunk):
+    """The kernels copy both else."""
+    layout = Layout((4, 8), 3, "speed3r", torch.device("cpu"))
+    across = AcrossViews.of(layout.at, 3, 2, 64, "speed3r", 4, chunk)
+    _, k, v = across.before(Block(128, 2, qk_eps=1e-5, gated=True), torch.randn(4, 35, 128))
+    assert k.fine.stride() == v.fine.stride() and k.pooled.stride() == v.pooled.stride()
 
 
 def test_unknown_strategies_are_refused():

@@ -216,7 +216,8 @@ class Attention(nn.Module):
             open_one = torch.tensor([0.0, 1.0], device=h.device, dtype=compute_dtype(self.qkv))
             return open_one.expand(*h.shape[:2], self.heads, 2)
         gate = self.gate(h.to(compute_dtype(self.gate[0])))
-        return gate.float().sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2))
+        high = torch.promote_types(gate.dtype, torch.float32)
+        return gate.to(high).sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2))
 
 
 class Block(nn.Module):
@@ -309,24 +310,24 @@ class AcrossViews:
         return x.unflatten(0, (-1, self.views)).flatten(1, 2).transpose(1, 2)
 
     def before(self, block: Block, x: Tensor) -> tuple[Tokens, Tokens, Tokens]:
-        """Input (F, L, C) -> queries, keys and values of B sequences."""
-        h = block.norm1(x).to(compute_dtype(block.attn.qkv))
-        qkv = block.attn.project(h)
+        """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
 
-        def prepare(qkv: Tensor) -> tuple[Tensor, ...]:
-            fine = block.attn.prepare(qkv, self.tables)
+        def prepare(x: Tensor) -> tuple[Tensor, ...]:
+            h = block.norm1(x).to(compute_dtype(block.attn.qkv))
+            qkv = block.attn.project(h)
+            fine = (*block.attn.prepare(qkv, self.tables), qkv[:, :, 2].contiguous())
             if self.pooled is None:
                 return fine
             high = torch.promote_types(qkv.dtype, torch.float32)
             mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high)
-            pooled = (*block.attn.prepare(mean, self.pooled), mean[:, :, 2])
-            return *fine, *(y.to(qkv.dtype) for y in pooled)
+            pooled = (*block.attn.prepare(mean, self.pooled), mean[:, :, 2].contiguous())
+            return *fine, *(y.to(qkv.dtype) for y in pooled), block.attn.gates(h)
 
-        q, k, *pooled = map(self.sequences, by_frames(prepare, self.chunk, qkv))
-        v = self.sequences(qkv[:, :, 2])
-        if not pooled:
+        q, k, v, *rest = map(self.sequences, by_frames(prepare, self.chunk, x))
+        if not rest:
             return Tokens(q), Tokens(k), Tokens(v)
-        return Tokens(q, pooled[0], self.sequences(block.attn.gates(h))), Tokens(k, pooled[1]), Tokens(v, pooled[2])
+        q_pooled, k_pooled, v_pooled, gate = rest
+        return Tokens(q, q_pooled, gate), Tokens(k, k_pooled), Tokens(v, v_pooled)
 
     def __call__(self, block: Block, x: Tensor) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded."""

@@ -306,7 +306,7 @@ class Speed3RPi3(Pi3):
 
     Its blocks of 4 x 4 patches need sides that are multiples of 56 pixels. Other images are resized to the nearest such size
     and the maps back to the given one: that is what its training did with every image, it needs no masks in the kernels, and
-    tokens of padding would enter the blocks' means. Facts: research of the released code, pi3_sparse.py.
+    tokens of padding would enter the blocks' means. Source: pi3_sparse.py of the released code.
     """
 
     attention = "speed3r"
