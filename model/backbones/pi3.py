@@ -506,10 +506,9 @@ class Pi3X(Pi3):
             def inject(i: int, x: Tensor) -> None:
                 if i in self.INJECTED:
                     block = self.pose_inject_blk[self.INJECTED.index(i)]
-                    for sequence, poses, posed in zip(x.unflatten(0, (b, views)), T, has_pose):
-                        sequence[posed, self.specials :] += block.change(
-                            sequence[posed, self.specials :], poses[posed], grid
-                        )
+                    for sequence, (poses, posed) in enumerate(zip(T, has_pose)):
+                        frames = sequence * views + posed.nonzero()[:, 0]
+                        x[frames, self.specials :] += block.change(x[frames, self.specials :], poses[posed], grid)
 
         decoded = self.decode(x, views, grid, attention, top_k, chunk, inject)
         out = self.assemble(decoded, views, grid, size, chunk)
@@ -519,7 +518,7 @@ class Pi3X(Pi3):
     def _normalised(T_world_cam: Tensor, posed: Tensor, unit: Tensor | None, has_depth: Tensor) -> Tensor:
         """Poses relative to the first posed view, in the unit of depth where used, else of the mean distance to it."""
         first = posed.int().argmax(1)
-        T = invert(T_world_cam[torch.arange(len(T_world_cam)), first])[:, None] @ T_world_cam
+        T = invert(T_world_cam[torch.arange(len(T_world_cam), device=first.device), first])[:, None] @ T_world_cam
         T = torch.where(posed[..., None, None], T, torch.eye(4, device=T.device, dtype=T.dtype))
         distance = T[..., :3, 3].norm(dim=-1)
         mean = distance.sum(1) / (posed.sum(1) - 1).clamp(min=1)
