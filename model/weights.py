@@ -63,10 +63,16 @@ def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> 
     return total
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file. Raises ValueError with one line when it is truncated or something else."""
+def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; on the device meta, shapes alone, without reading the values.
+
+    Raises ValueError with one line when the file is truncated or something else.
+    """
     try:
         with safe_open(path, "pt") as file:
+            if device == "meta":
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+                return {key: torch.empty(shape, device=device) for key, shape in shapes.items()}, file.metadata() or {}
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from error

@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, find_file, locate, notice
 from speed3r_ros.model.backbones.da3 import BASE, GIANT, LARGE, SMALL, Da3, Da3Mono, Da3Nested
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3X, Speed3RPi3
 from speed3r_ros.model.backbones.vggt import Vggt
 from speed3r_ros.model.weights import read_safetensors, require_same_shapes
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """How to make a backbone of its published size, where its weights are, and under which licence."""
-
-    build: Callable[[], nn.Module]
-    hub: str
-    licence: str
-
-
-BACKBONES = {
-    "pi3": Backbone(Pi3, "yyfz233/Pi3", "CC BY-NC 4.0"),
-    "pi3x": Backbone(Pi3X, "yyfz233/Pi3X", "CC BY-NC 4.0"),
-    "speed3r-pi3": Backbone(Speed3RPi3, "weining17/Speed3R_Pi3", "CC BY-NC 4.0"),
-    "vggt-1b": Backbone(Vggt, "facebook/VGGT-1B", "CC BY-NC 4.0"),
-    "vggt-1b-commercial": Backbone(Vggt, "facebook/VGGT-1B-Commercial", "VGGT License v1 (commercial, not military)"),
-    "streamvggt": Backbone(lambda: Vggt(causal=True), "lch01/StreamVGGT", "CC BY-NC-SA 4.0"),
-    "da3-small": Backbone(lambda: Da3(SMALL), "depth-anything/DA3-SMALL", "Apache-2.0"),
-    "da3-base": Backbone(lambda: Da3(BASE), "depth-anything/DA3-BASE", "Apache-2.0"),
-    "da3-large": Backbone(lambda: Da3(LARGE), "depth-anything/DA3-LARGE-1.1", "CC BY-NC 4.0"),
-    "da3-giant": Backbone(lambda: Da3(GIANT), "depth-anything/DA3-GIANT-1.1", "CC BY-NC 4.0"),
-    "da3-nested": Backbone(Da3Nested, "depth-anything/DA3NESTED-GIANT-LARGE-1.1", "CC BY-NC 4.0"),
-    "da3-metric": Backbone(lambda: Da3Mono(metric=True), "depth-anything/DA3METRIC-LARGE", "Apache-2.0"),
-    "da3-mono": Backbone(Da3Mono, "depth-anything/DA3MONO-LARGE", "Apache-2.0"),
+# How to make each in its published size.
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "pi3": Pi3,
+    "pi3x": Pi3X,
+    "speed3r-pi3": Speed3RPi3,
+    "vggt-1b": Vggt,
+    "vggt-1b-commercial": Vggt,
+    "streamvggt": lambda: Vggt(causal=True),
+    "da3-small": lambda: Da3(SMALL),
+    "da3-base": lambda: Da3(BASE),
+    "da3-large": lambda: Da3(LARGE),
+    "da3-giant": lambda: Da3(GIANT),
+    "da3-nested": Da3Nested,
+    "da3-metric": lambda: Da3Mono(metric=True),
+    "da3-mono": Da3Mono,
 }
 
 
@@ -49,26 +39,39 @@ def build_backbone(name: str, device: torch.device | str = "cpu") -> nn.Module:
     if name not in BACKBONES:
         raise ValueError(f"backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     with torch.device(device):
-        return BACKBONES[name].build().eval()
+        return BACKBONES[name]().eval()
 
 
-def load_backbone(name: str, path: Path | str) -> nn.Module:
+def load_backbone(name: str, path: Path | str | None = None) -> nn.Module:
     """The backbone with the weights of a published checkpoint, float32 on the CPU, in evaluation mode.
 
-    path: the file, or a folder that holds one. ValueError with one line that names the file, the first differing key, both
-    shapes and the remedy when the checkpoint is missing, truncated, incomplete or another model's.
+    path: the file, or a folder that holds one; without it, the copy that `speed3r weights fetch` made. Nothing is downloaded.
+    ValueError with one line that names the file, the first differing key, both shapes and the remedy when the checkpoint is
+    missing, truncated, incomplete or another model's. Logs a warning where the licence limits the use.
     """
     model = build_backbone(name, "meta")
-    return load_into(model, Path(path).expanduser(), f"give the checkpoint of {BACKBONES[name].hub} on Hugging Face")
+    path = locate(name) if path is None else Path(path).expanduser()
+    if line := notice(name):
+        logging.getLogger(__name__).warning(line)
+    return load_into(model, path, CHECKPOINTS[name].remedy)
 
 
 def load_into(model: nn.Module, path: Path, remedy: str) -> nn.Module:
-    """Give `model`, which may be on the meta device, the weights in `path`. Arguments and errors: see `load_backbone`.
+    """Give `model`, which may be on the meta device, the weights in `path`. Arguments and errors: see `load_backbone`."""
+    path = find_file(path, remedy)
+    return fit(model, read(path), path, remedy)
+
+
+def read(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Tensors of a checkpoint; on the device meta, keys and shapes alone. ValueError with one line if it is none."""
+    return read_safetensors(path, device)[0] if path.suffix == ".safetensors" else _read_pt(path, device)
+
+
+def fit(model: nn.Module, state: dict[str, Tensor], path: Path, remedy: str) -> nn.Module:
+    """Give `model` the tensors of the checkpoint `path`; ValueError with the first key or shape that differs.
 
     Keys that begin with one of the model's `UNUSED`, parts that this repository does not run, are passed over.
     """
-    path = _file(path, remedy)
-    state = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pt(path)
     unused = getattr(model, "UNUSED", ())
     state = {key: value.float() for key, value in state.items() if not key.startswith(unused)}
     expected = model.state_dict(keep_vars=True)
@@ -81,16 +84,9 @@ def load_into(model: nn.Module, path: Path, remedy: str) -> nn.Module:
     return model.eval()
 
 
-def _file(path: Path, remedy: str) -> Path:
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in SUFFIXES)
-    if len(files) != 1 or files[0].suffix not in SUFFIXES:
-        raise ValueError(f"{path}: {len(files)} checkpoints ({', '.join(SUFFIXES)}), expected one; {remedy}")
-    return files[0]
-
-
-def _read_pt(path: Path) -> dict[str, Tensor]:
+def _read_pt(path: Path, device: str) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: truncated or not a checkpoint of tensors ({reason}); copy it again") from error
