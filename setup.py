@@ -17,6 +17,9 @@ SHARE = f"share/{NAME}"
 # nothing here opens a window.
 OPENCV = "opencv-python-headless>=4.5"
 
+# Downloads of official checkpoints. Its `file_download.http_get` is outside the documented interface: hence the bound.
+HUB = "huggingface_hub>=1,<3"
+
 # Jazzy's client library and messages as wheels, for machines without an apt ROS. The distribution's own names keep all
 # of them on one distribution.
 ROS = ["ros-jazzy-rclpy[fastrtps]"] + [
@@ -60,9 +63,11 @@ setup(
         "tqdm>=4.57",
     ],
     extras_require={
+        "hub": [HUB],  # speed3r weights fetch
         "opencv": [OPENCV],  # the bag command on a machine without ROS
         "ros": [OPENCV, *ROS],  # also the node, on a machine without ROS
         "test": [
+            HUB,
             "catkin_pkg",
             "colcon-common-extensions",
             "evo",

@@ -26,12 +26,12 @@ class Tokens:
     """Queries, keys and values of whole frames.
 
     fine: (B, H, frames * L, D), normalised and rotated. pooled: (B, H, frames * G, D): raw tokens averaged over each
-    block, then normalised and rotated at the block's mean position (Speed3R). gate: (B, H, frames * L, 2), only of
-    queries.
+    block, then normalised and rotated at the block's mean position (Speed3R); None where only dense attention follows.
+    gate: (B, H, frames * L, 2), only of queries.
     """
 
     fine: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
     gate: Tensor | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -62,6 +63,30 @@ def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> 
     return total
 
 
+def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; on the device meta, shapes alone, without reading the values.
+
+    Raises ValueError with one line when the file is truncated or something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            if device == "meta":
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+                return {key: torch.empty(shape, device=device) for key, shape in shapes.items()}, file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from error
+
+
+def require_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path, remedy: str) -> None:
+    """Raise ValueError with one line that names the first key whose shapes differ, both shapes and the remedy."""
+    for key in sorted(expected.keys() | found.keys()):
+        ours = tuple(expected[key].shape) if key in expected else "unknown"
+        theirs = tuple(found[key].shape) if key in found else "missing"
+        if ours != theirs:
+            raise ValueError(f"{where}: key {key!r} is {theirs} in the file but {ours} in the network; {remedy}")
+
+
 def load(name: str) -> Network:
     """The network that `name` (see `locate`) holds, float32 on the CPU, in evaluation mode.
 
@@ -76,29 +101,16 @@ def load(name: str) -> Network:
     state: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        try:
-            with safe_open(path, "pt") as shard:
-                metadata = shard.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path}: not a {FORMAT!r} checkpoint (its format is {metadata.get('format')!r})")
-                state.update((key, shard.get_tensor(key)) for key in shard.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from error
+        shard, metadata = read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a {FORMAT!r} checkpoint (its format is {metadata.get('format')!r})")
+        state.update(shard)
     try:
         settings = json.loads(metadata["network"])
         config = NetworkConfig(**{f.name: int(settings[f.name]) for f in fields(NetworkConfig)})
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{paths[-1]}: unreadable network configuration ({error!r})") from error
     network = Network(config)
-    expected = dict(network.named_parameters())
-    for key in sorted(expected.keys() | state.keys()):
-        if key not in state:
-            raise ValueError(f"{folder}: key {key!r} is missing")
-        if key not in expected:
-            raise ValueError(f"{folder}: unknown key {key!r}")
-        if state[key].shape != expected[key].shape:
-            raise ValueError(
-                f"{folder}: {key!r} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-            )
+    require_same_shapes(dict(network.named_parameters()), state, folder, "copy the folder again")
     network.load_state_dict(state, strict=True)
     return network.eval()

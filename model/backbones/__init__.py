@@ -1,0 +1,1 @@
+"""Official backbones, loaded key for key into this repository's own modules."""

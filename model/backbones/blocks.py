@@ -1,0 +1,416 @@
+"""The vocabulary that the official backbones share: DINOv2 encoder, transformer block, rotary embedding, attention across
+views. What differs between them is an option.
+
+Modules and parameters carry the names of the published checkpoints, so that these load key for key. Sources: DINOv2 (Oquab
+et al., 2023), VGGT (Wang et al., CVPR 2025), Pi3 (Wang et al., 2025), Depth Anything 3 (Lin et al., 2025), Speed3R.
+
+Precision: matrix products run in the type that their weights are stored in (`set_precision`); norms, LayerScale and the
+residual stream keep theirs, float32.
+
+Shape letters: B sequences of N views, F = B * N frames, L = S + P tokens per frame (S special ones, then patches), C channels,
+H heads, D head width, (h, w) patch grid, G = P / 16 blocks per frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speed3r_ros.kernels.frames import Visible
+from speed3r_ros.kernels.qkv import BLOCK
+from speed3r_ros.model.attention import STRATEGIES, Tokens
+from speed3r_ros.model.network import compute_dtype
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PATCH = 14
+SIDE = 4  # patches along the side of a block
+
+Tables = tuple[Tensor, Tensor]  # cosines and sines of a rotary embedding, (1, X, 1, D)
+
+
+def by_frames(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], chunk: int, *inputs: Tensor, out: Tensor | None = None
+) -> Tensor | tuple[Tensor, ...]:
+    """`function` of tensors (F, ...), `chunk` frames at a time, so that its temporary memory does not grow with F.
+
+    out: where to write a single result, maybe the first input itself; ignored while gradients are recorded.
+    """
+    frames = len(inputs[0])
+    recording = torch.is_grad_enabled()
+    if frames <= chunk and (out is None or recording):
+        return function(*inputs)
+    if recording:
+        parts = [function(*part) for part in zip(*(x.split(chunk) for x in inputs))]
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts)))
+    joined = None if out is None else (out,)
+    for first in range(0, frames, chunk):
+        result = function(*(x[first : first + chunk] for x in inputs))
+        parts = (result,) if isinstance(result, Tensor) else result
+        if joined is None:
+            joined = tuple(torch.empty(frames, *x.shape[1:], dtype=x.dtype, device=x.device) for x in parts)
+        for whole, part in zip(joined, parts):
+            whole[first : first + chunk] = part
+    return joined[0] if isinstance(result, Tensor) else joined
+
+
+def set_precision(model: nn.Module, dtype: torch.dtype, keep: tuple[str, ...]) -> None:
+    """Store the weights of linear and convolutional layers as `dtype`, but for those under the prefixes in `keep`."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(keep):
+            module.to(dtype)
+
+
+def patch_grid(height: int, width: int) -> tuple[int, int]:
+    """Patches (h, w) of an image; ValueError if its sides are not multiples of 14 pixels."""
+    if height % PATCH or width % PATCH:
+        near = [max(1, round(side / PATCH)) * PATCH for side in (height, width)]
+        raise ValueError(
+            f"images are {height} x {width}: sides must be multiples of {PATCH}, resize to {near[0]} x {near[1]}"
+        )
+    return height // PATCH, width // PATCH
+
+
+# ------------------------------------------------------------------------------------------------------------ positions
+
+
+def block_order(h: int, w: int, device: torch.device | str | None = None) -> Tensor:
+    """Row-major number of each patch in block-major order, (h * w,): 16 neighbours in a row form one 4 x 4 window.
+
+    ValueError if 4 does not divide h and w.
+    """
+    if h % SIDE or w % SIDE:
+        raise ValueError(
+            f"{h} x {w} patches: sparse attention needs multiples of {SIDE}, images of {SIDE * PATCH} pixels"
+        )
+    return torch.arange(h * w, device=device).view(h // SIDE, SIDE, w // SIDE, SIDE).transpose(1, 2).reshape(-1)
+
+
+def positions(h: int, w: int, specials: int, order: Tensor | None = None, device: torch.device | None = None) -> Tensor:
+    """Row and column of each token (L, 2): (0, 0) for special ones, from (1, 1) for patches, in `order` or row-major."""
+    y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    patches = torch.stack([y, x], -1).flatten(0, 1) + 1
+    return torch.cat([patches.new_zeros(specials, 2), patches if order is None else patches[order]])
+
+
+class Layout:
+    """Order of a view's tokens: special ones, then patches, row by row or, for sparse attention, block by block.
+
+    at: (L, 2) positions of the tokens. ValueError: see `block_order`.
+    """
+
+    def __init__(self, grid: tuple[int, int], specials: int, attention: str, device: torch.device) -> None:
+        order = None if attention == "dense" else block_order(*grid, device)
+        self.at = positions(*grid, specials, order, device)
+        self._order = self._back = None
+        if order is not None:
+            self._order = torch.cat([torch.arange(specials, device=device), specials + order])
+            self._back = self._order.argsort()
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Tokens (F, L, C) whose patches lie row by row -> in this order; x itself if that is the same."""
+        return x if self._order is None else x[:, self._order]
+
+    def restore(self, x: Tensor, chunk: int) -> Tensor:
+        """The inverse, in x's place where no gradients are recorded."""
+        return x if self._back is None else by_frames(lambda y: y[:, self._back], chunk, x, out=x)
+
+
+def rotary(at: Tensor, width: int, rounded: torch.dtype = torch.float32) -> Tables:
+    """Tables of the 2-D rotary embedding with base 100 at integer positions (X, 2), half of the head for each axis.
+
+    rounded: type in which the angles and their cosines are held; Pi3 ran its training and runs its inference with bfloat16.
+    """
+    rate = 100.0 ** (-torch.arange(width // 4, device=at.device) / (width // 4))
+    angle = (at[..., None] * rate).repeat(1, 1, 2).flatten(1)[None, :, None].to(rounded)
+    return angle.cos().to(rate.dtype), angle.sin().to(rate.dtype)
+
+
+def rotate(x: Tensor, tables: Tables) -> Tensor:
+    """Rotary embedding of vectors (F, X, H, D)."""
+    a, b, c, d = x.chunk(4, -1)
+    return torch.addcmul(x * tables[0], torch.cat([-b, a, -d, c], -1), tables[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel."""
+
+    def __init__(self, channels: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, channels: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, out or channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., out)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP (Shazeer, 2020) with both input projections in one layer."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(channels, 2 * hidden), nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        gate, x = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * x)
+
+
+class Attention(nn.Module):
+    """Projections of multi-head attention; the attention itself is the caller's.
+
+    qk_eps: queries and keys pass a LayerNorm with this epsilon, or none. gated: two gates per head and token (Speed3R).
+    """
+
+    def __init__(self, channels: int, heads: int, qk_eps: float | None, gated: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        norms = [nn.Identity() if qk_eps is None else nn.LayerNorm(channels // heads, qk_eps) for _ in range(2)]
+        self.q_norm, self.k_norm = norms
+        if gated:
+            self.gate = nn.Sequential(nn.Linear(channels, 2 * heads))
+            nn.init.zeros_(self.gate[0].weight)
+            with torch.no_grad():  # compression starts at sigmoid(-1), selection at sigmoid(1)
+                self.gate[0].bias.view(heads, 2).copy_(torch.tensor([-1.0, 1.0]))
+
+    def project(self, h: Tensor) -> Tensor:
+        """Normalised input (F, L, C) -> raw qkv (F, L, 3, H, D)."""
+        return self.qkv(h.to(compute_dtype(self.qkv))).unflatten(-1, (3, self.heads, -1))
+
+    def prepare(self, qkv: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
+        """Raw qkv (F, X, 3, H, D) -> normalised, rotated q, k (F, X, H, D); arithmetic in float32 or finer."""
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
+        if isinstance(self.q_norm, nn.LayerNorm):
+            weight = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(weight)), self.k_norm(k.to(weight))
+        if tables is not None:
+            q, k = rotate(q, tables), rotate(k, tables)
+        return q.to(qkv.dtype), k.to(qkv.dtype)
+
+    def gates(self, h: Tensor) -> Tensor:
+        """Normalised input (F, L, C) -> gates of the compressed and of the selected output (F, L, H, 2).
+
+        A block without gates takes the selected output alone.
+        """
+        if not hasattr(self, "gate"):
+            open_one = torch.tensor([0.0, 1.0], device=h.device, dtype=compute_dtype(self.qkv))
+            return open_one.expand(*h.shape[:2], self.heads, 2)
+        gate = self.gate(h.to(compute_dtype(self.gate[0])))
+        high = torch.promote_types(gate.dtype, torch.float32)
+        return gate.to(high).sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += ls1(attention(norm1(x))); x += ls2(mlp(norm2(x))).
+
+    eps: of the two LayerNorms. qk_eps, gated: see `Attention`. scale: initial LayerScale, or none.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        eps: float = 1e-6,
+        qk_eps: float | None = None,
+        scale: float | None = 0.01,
+        gated: bool = False,
+        swiglu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(channels, eps), nn.LayerNorm(channels, eps)
+        self.attn = Attention(channels, heads, qk_eps, gated)
+        if swiglu:  # two thirds of the usual width, rounded up to a multiple of 8
+            self.mlp = SwiGlu(channels, (4 * channels * 2 // 3 + 7) // 8 * 8)
+        else:
+            self.mlp = Mlp(channels, 4 * channels)
+        self.ls1, self.ls2 = (nn.Identity() if scale is None else LayerScale(channels, scale) for _ in range(2))
+
+    def before(self, x: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Input (F, L, C) -> q, k, v (F, H, L, D)."""
+        qkv = self.attn.project(self.norm1(x))
+        return *(y.transpose(1, 2) for y in self.attn.prepare(qkv, tables)), qkv[:, :, 2].transpose(1, 2)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C)."""
+        x = x + self.ls1(self.attn.proj(attended.transpose(1, 2).flatten(2)))
+        return x + self.ls2(self.mlp(self.norm2(x).to(attended.dtype)))
+
+    def forward(self, x: Tensor, tables: Tables | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attention inside each frame: (F, L, C) -> (F, L, C). mask: (L, L) bool, which keys a query sees."""
+        return self.after(x, F.scaled_dot_product_attention(*self.before(x, tables), attn_mask=mask))
+
+
+@dataclass(frozen=True)
+class AcrossViews:
+    """Attention of a block across the views of each sequence, by a strategy chosen by name.
+
+    views: N. specials: S. attention: see `model.attention.STRATEGIES`; all but `dense` need tokens in block-major order.
+    top_k: blocks that a query block attends to. chunk: frames per turn of everything but the attention. tables, pooled:
+    rotary tables of the tokens and of the blocks. visible: which views a view sees.
+    """
+
+    views: int
+    specials: int
+    attention: str
+    top_k: int
+    chunk: int
+    tables: Tables
+    pooled: Tables | None
+    visible: Visible
+
+    @staticmethod
+    def of(
+        at: Tensor,
+        specials: int,
+        views: int,
+        width: int,
+        attention: str,
+        top_k: int,
+        chunk: int,
+        rounded: torch.dtype = torch.float32,
+        causal: bool = False,
+    ) -> AcrossViews:
+        """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
+
+        width: of a head. rounded: see `rotary`. causal: a view sees itself and earlier ones, else all. ValueError if there
+        is no such strategy.
+        """
+        if attention not in STRATEGIES:
+            raise ValueError(f"attention {attention!r}: choose one of {', '.join(STRATEGIES)}")
+        pooled = None
+        if attention != "dense":
+            pooled = rotary(at[specials:].view(-1, BLOCK, 2).sum(1) // BLOCK, width, rounded)
+        table = torch.ones(1, views, views, dtype=torch.bool, device=at.device)
+        visible = Visible(table.tril() if causal else table)
+        return AcrossViews(views, specials, attention, top_k, chunk, rotary(at, width, rounded), pooled, visible)
+
+    def sequences(self, x: Tensor) -> Tensor:
+        """(F, X, H, D) -> (B, H, N * X, D), a view."""
+        return x.unflatten(0, (-1, self.views)).flatten(1, 2).transpose(1, 2)
+
+    def before(self, block: Block, x: Tensor) -> tuple[Tokens, Tokens, Tokens]:
+        """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
+
+        def prepare(x: Tensor) -> tuple[Tensor, ...]:
+            h = block.norm1(x).to(compute_dtype(block.attn.qkv))
+            qkv = block.attn.project(h)
+            fine = (*block.attn.prepare(qkv, self.tables), qkv[:, :, 2].contiguous())
+            if self.pooled is None:
+                return fine
+            high = torch.promote_types(qkv.dtype, torch.float32)
+            mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high)
+            pooled = (*block.attn.prepare(mean, self.pooled), mean[:, :, 2].contiguous())
+            return *fine, *(y.to(qkv.dtype) for y in pooled), block.attn.gates(h)
+
+        q, k, v, *rest = map(self.sequences, by_frames(prepare, self.chunk, x))
+        if not rest:
+            return Tokens(q), Tokens(k), Tokens(v)
+        q_pooled, k_pooled, v_pooled, gate = rest
+        return Tokens(q, q_pooled, gate), Tokens(k, k_pooled), Tokens(v, v_pooled)
+
+    def __call__(self, block: Block, x: Tensor) -> Tensor:
+        """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded."""
+        attend = STRATEGIES[self.attention]
+        out = attend(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k)
+        out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
+        return by_frames(block.after, self.chunk, x, out, out=x)
+
+
+# -------------------------------------------------------------------------------------------------------------- encoder
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of 14 x 14 patches."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(inputs, channels, PATCH, PATCH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(F, inputs, H, W) -> (F, h * w, C), row-major."""
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class DinoV2(nn.Module):
+    """Vision transformer of DINOv2 with patches of 14 pixels: class token, registers, patches.
+
+    table: side of the position table. antialias: how the table is resized to other grids: True = bicubic with antialiasing
+    to the output size (VGGT, Pi3); False = bicubic without, by the scale factor (n + 0.1) / table, which also sets where it
+    is sampled (Depth Anything 3).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        depth: int,
+        *,
+        inputs: int = 3,
+        registers: int = 0,
+        table: int = 37,
+        antialias: bool = True,
+        swiglu: bool = False,
+        qk_norm_from: int | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.table, self.antialias, self.specials = table, antialias, 1 + registers
+        self.patch_embed = PatchEmbed(inputs, channels)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, channels) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + table**2, channels) * 0.02)
+        if registers:
+            self.register_tokens = nn.Parameter(torch.randn(1, registers, channels) * 0.02)
+        first = depth if qk_norm_from is None else qk_norm_from
+        self.blocks = nn.ModuleList(
+            Block(channels, heads, qk_eps=1e-5 if i >= first else None, scale=1.0, swiglu=swiglu) for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(channels, eps)
+
+    def position_table(self, h: int, w: int) -> Tensor:
+        """The table of the patches (1, h * w, C) for a grid of h x w."""
+        patches = self.pos_embed[:, 1:]
+        if (h, w) == (self.table, self.table):
+            return patches
+        grid = patches.unflatten(1, (self.table, self.table)).permute(0, 3, 1, 2)
+        if self.antialias:
+            grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)
+        else:
+            scale = ((h + 0.1) / self.table, (w + 0.1) / self.table)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        return grid.flatten(2).transpose(1, 2)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Normalised images (F, inputs, H, W) -> tokens (F, L, C) before the first block. ValueError: see `patch_grid`."""
+        patches = self.patch_embed(images) + self.position_table(*patch_grid(*images.shape[2:]))
+        special = self.cls_token + self.pos_embed[:, :1]
+        if self.specials > 1:
+            special = torch.cat([special, self.register_tokens], 1)
+        return torch.cat([special.expand(len(patches), -1, -1), patches], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (F, inputs, H, W) -> patch tokens (F, h * w, C), row-major, after the last norm."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, self.specials :])

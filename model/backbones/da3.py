@@ -1,0 +1,409 @@
+"""Depth Anything 3: any-view models (small to giant), single-view ones (mono, metric), and both nested for metric scale.
+
+The any-view models' world is the reference view's frame, of unknown scale. Official source: ByteDance-Seed/Depth-Anything-3
+(Lin et al., 2025), whose Gaussian branch and ray-based poses are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speed3r_ros.model.backbones.blocks import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    AcrossViews,
+    Block,
+    DinoV2,
+    Layout,
+    Mlp,
+    by_frames,
+    patch_grid,
+    rotary,
+    set_precision,
+)
+from speed3r_ros.model.backbones.dpt import DPT, DualDPT
+from speed3r_ros.model.backbones.results import (
+    Reconstruction,
+    intrinsics_from_fov,
+    invert,
+    quaternion_from_rotation,
+    rigid,
+    rotation_from_quaternion,
+    unproject,
+)
+
+SKY = 0.3  # of the sky output, from which a pixel counts as sky
+REFERENCES = ("saddle_balanced", "middle", "first")
+
+
+@dataclass(frozen=True)
+class Da3Config:
+    """Sizes. alternate_from: first block with QK-norm and rotary embedding, from which odd blocks attend across views;
+    None in single-view models. taps: blocks that the heads read."""
+
+    channels: int
+    heads: int
+    blocks: int
+    alternate_from: int | None
+    taps: tuple[int, int, int, int]
+    features: int = 256
+    levels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
+    swiglu: bool = False
+    table: int = 37
+
+
+SMALL = Da3Config(384, 6, 12, 4, (5, 7, 9, 11), 64, (48, 96, 192, 384))
+BASE = Da3Config(768, 12, 12, 4, (5, 7, 9, 11), 128, (96, 192, 384, 768))
+LARGE = Da3Config(1024, 16, 24, 8, (11, 15, 19, 23))
+GIANT = Da3Config(1536, 24, 40, 13, (19, 27, 33, 39), swiglu=True)
+MONO = Da3Config(1024, 16, 24, None, (4, 11, 17, 23))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Images (F, 3, H, W) in [0, 1] -> by ImageNet's mean and deviation."""
+    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
+    return (images - mean) / std
+
+
+def reference_view(tokens: Tensor, strategy: str) -> Tensor:
+    """Number of the view of each sequence that takes the part of the reference, (B,), from class tokens (B, N, C).
+
+    saddle_balanced: the view least extreme in its mean cosine similarity to the others, its norm and its variance. Of
+    fewer than three views it is the first.
+    """
+    batch, views = tokens.shape[:2]
+    if views < 3 or strategy == "first":
+        return torch.zeros(batch, dtype=torch.long, device=tokens.device)
+    if strategy == "middle":
+        return torch.full((batch,), views // 2, device=tokens.device)
+    unit = F.normalize(tokens, dim=-1)
+    similarity = (unit @ unit.mT).sum(-1) - 1
+    measures = torch.stack([similarity / (views - 1), tokens.norm(dim=-1), unit.var(-1)])
+    low, high = measures.amin(-1, keepdim=True), measures.amax(-1, keepdim=True)
+    return ((measures - low) / (high - low + 1e-8) - 0.5).abs().sum(0).argmin(-1)
+
+
+class Encoder(DinoV2):
+    """DINOv2 whose later blocks attend, alternately, across views."""
+
+    def __init__(self, config: Da3Config) -> None:
+        c = config
+        super().__init__(
+            c.channels,
+            c.heads,
+            c.blocks,
+            table=c.table,
+            antialias=False,
+            swiglu=c.swiglu,
+            qk_norm_from=c.alternate_from,
+            eps=1e-5,
+        )
+        self.config = config
+        if c.alternate_from is not None:
+            self.camera_token = nn.Parameter(torch.randn(1, 2, c.channels) * 0.02)
+
+    def forward(
+        self,
+        images: Tensor,
+        views: int,
+        camera: Tensor | None = None,
+        reference: str = "saddle_balanced",
+        attention: str = "dense",
+        top_k: int = 32,
+        chunk: int = 8,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Normalised images (F, 3, H, W) -> taps, reference view (B,).
+
+        A tap is (F, 1 + h * w, 2 C), the last output inside frames beside the current one, or (F, 1 + h * w, C) of a
+        single-view model. camera: tokens (B, N, C) that stand for known poses; then there is no reference, as in
+        single-view models.
+        """
+        start, taps = self.config.alternate_from, self.config.taps
+        grid = patch_grid(*images.shape[2:])
+        x = by_frames(self.embed, chunk, images)
+        layout = tables = across = chosen = None
+        if start is not None:
+            layout = Layout(grid, 1, attention, x.device)
+            x = layout.arrange(x)
+            width = self.config.channels // self.config.heads
+            tables = rotary(layout.at, width)
+            # across views, all patches stand at the same place
+            across = AcrossViews.of(layout.at.clamp(max=1), 1, views, width, attention, top_k, chunk)
+        outputs, inside = [], x
+        for i, block in enumerate(self.blocks):
+            if start is not None and i == start - 1 and camera is None:
+                chosen = reference_view(x[:, 0].unflatten(0, (-1, views)), reference)
+            if i == start:
+                x[:, 0] = (self._camera_tokens(chosen, views) if camera is None else camera).flatten(0, 1)
+            if start is not None and i >= start and i % 2:
+                x = across(block, x)
+            else:
+                rotated = tables if start is not None and i >= start else None
+                x = by_frames(lambda x, block=block, rotated=rotated: block(x, rotated), chunk, x, out=x)
+                inside = x.clone() if i + 1 in taps else x  # the next block may write in its place
+            if i in taps:
+                outputs.append(x.clone() if layout is None else layout.restore(torch.cat([inside, x], -1), chunk))
+        return outputs, chosen
+
+    def _camera_tokens(self, chosen: Tensor, views: int) -> Tensor:
+        first, others = self.camera_token[0]
+        is_chosen = torch.arange(views, device=chosen.device) == chosen[:, None]
+        return torch.where(is_chosen[..., None], first, others)
+
+    def features(self, taps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Taps -> what the dense head reads: patch tokens, of which the current output has passed the last norm."""
+        c = self.config.channels
+        return tuple(torch.cat([x[:, 1:, :-c], self.norm(x[:, 1:, -c:])], -1) for x in taps)
+
+
+class CameraDecoder(nn.Module):
+    """Camera-to-world pose and field of view from one token."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU()
+        )
+        self.fc_t, self.fc_qvec = nn.Linear(channels, 3), nn.Linear(channels, 4)
+        self.fc_fov = nn.Sequential(nn.Linear(channels, 2), nn.ReLU())
+
+    def forward(self, token: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> camera-to-world (B, N, 4, 4), intrinsics (B, N, 3, 3) of images of H x W."""
+        x = self.backbone(token)
+        T = rigid(rotation_from_quaternion(self.fc_qvec(x)), self.fc_t(x))
+        return T, intrinsics_from_fov(self.fc_fov(x), size)
+
+
+class CameraEncoder(nn.Module):
+    """A token for each known pose, after attention among the views' poses."""
+
+    def __init__(self, channels: int, heads: int = 16, depth: int = 4) -> None:
+        super().__init__()
+        self.pose_branch = Mlp(9, channels // 2, channels)
+        self.token_norm, self.trunk_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.trunk = nn.ModuleList(Block(channels, heads, eps=1e-5) for _ in range(depth))
+
+    def forward(self, T_world_cam: Tensor, K: Tensor, size: tuple[int, int]) -> Tensor:
+        """Camera-to-world (B, N, 4, 4) and intrinsics (B, N, 3, 3) of images of H x W -> (B, N, C)."""
+        q = quaternion_from_rotation(T_world_cam[..., :3, :3])
+        fov = [2 * torch.atan(side / 2 / K[..., i, i]) for side, i in zip(size, (1, 0))]
+        x = self.token_norm(self.pose_branch(torch.cat([T_world_cam[..., :3, 3], q, torch.stack(fov, -1)], -1)))
+        for block in self.trunk:
+            x = block(x)
+        return self.trunk_norm(x)
+
+
+def normalised_poses(T_world_cam: Tensor) -> Tensor:
+    """Poses (B, N, 4, 4) relative to view 0, translations in units of the (lower) median distance to it, at least 0.1."""
+    T = invert(T_world_cam[:, :1]) @ T_world_cam
+    median = T[..., :3, 3].norm(dim=-1).median(1).values.clamp(min=0.1)
+    return rigid(T[..., :3, :3], T[..., :3, 3] / median[:, None, None])
+
+
+class AnyView(nn.Module):
+    """The network of small, base, large and giant; `Da3` wraps it as the checkpoints' keys do."""
+
+    def __init__(self, config: Da3Config) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.pretrained = Encoder(config)
+        self.head = DualDPT(2 * config.channels, config.features, config.levels)
+        self.cam_dec, self.cam_enc = CameraDecoder(2 * config.channels), CameraEncoder(config.channels)
+
+    def forward(
+        self,
+        images: Tensor,
+        T_world_cam: Tensor | None = None,
+        K: Tensor | None = None,
+        *,
+        reference: str = "saddle_balanced",
+        attention: str = "dense",
+        top_k: int = 32,
+        chunk: int = 8,
+    ) -> Reconstruction:
+        """See `Da3.forward`."""
+        (b, views), size = images.shape[:2], tuple(images.shape[3:])
+        if reference not in REFERENCES:
+            raise ValueError(f"reference {reference!r}: choose one of {', '.join(REFERENCES)}")
+        if (T_world_cam is None) != (K is None):
+            raise ValueError("known poses need known intrinsics, and these need poses: give both T_world_cam and K")
+        grid, encoder = patch_grid(*size), self.backbone.pretrained
+        camera = None if K is None else self.cam_enc(normalised_poses(T_world_cam), K, size)
+        taps, chosen = encoder(normalised(images.flatten(0, 1)), views, camera, reference, attention, top_k, chunk)
+        maps, rays = (
+            x.unflatten(0, (b, views)) for x in by_frames(lambda *x: self.head(encoder.features(x), grid), chunk, *taps)
+        )
+        token = taps[-1][:, 0].unflatten(0, (b, views))
+        T, K = self.cam_dec(token, size)
+        log_depth, logit = maps.unbind(2)
+        depth, rays = log_depth.exp(), rays.movedim(2, -1)
+        raw = dict(depth=depth, depth_conf=1 + logit.exp(), ray=rays[..., :6], ray_conf=1 + rays[..., 6].exp())
+        raw |= dict(extrinsics=invert(T)[..., :3, :], intrinsics=K, camera_token_last=token)
+        if chosen is not None:
+            raw["ref_view"] = chosen
+        if camera is not None:
+            raw["cam_token_in"] = camera
+        return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T, K, raw=raw)
+
+
+class Da3(nn.Module):
+    """Depth Anything 3, any number of views."""
+
+    UNUSED = ("model.gs_head.",)
+
+    def __init__(self, config: Da3Config = SMALL) -> None:
+        super().__init__()
+        self.model = AnyView(config)
+
+    def precision(self, dtype: torch.dtype) -> Da3:
+        """Run the products of the encoder in `dtype`; heads and the residual stream stay float32."""
+        set_precision(self.model.backbone, dtype, ())
+        return self
+
+    def forward(
+        self,
+        images: Tensor,
+        T_world_cam: Tensor | None = None,
+        K: Tensor | None = None,
+        *,
+        reference: str = "saddle_balanced",
+        attention: str = "dense",
+        top_k: int = 32,
+        chunk: int = 8,
+    ) -> Reconstruction:
+        """Images (B, N, 3, H, W) in [0, 1] -> geometry in the reference view's frame, of one scale per sequence.
+
+        T_world_cam (B, N, 4, 4), camera-to-world, and K (B, N, 3, 3) condition the network where known. The poses that
+        come back are the network's still: relative to view 0 then, in units of the median distance to it. K has its
+        principal point at (W / 2, H / 2) with pixel centres at integers. reference: see `reference_view`. attention other
+        than dense: sides must be multiples of 56, and there are no trained gates: the selected blocks alone count. chunk:
+        views that all but that attention take at a time. raw: ray (B, N, 8 h, 8 w, 6), direction and origin in the world.
+        """
+        return self.model(images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk)
+
+
+class Mono(nn.Module):
+    """The single-view network; `Da3Mono` wraps it as the checkpoints' keys do."""
+
+    def __init__(self, config: Da3Config) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.pretrained = Encoder(config)
+        self.head = DPT(config.channels, config.features, config.levels, 1, norm=False, plane=False, sky=True)
+
+    def forward(self, images: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        """Images (B, N, 3, H, W) in [0, 1] -> depth and sky, (B, N, H, W); sky is 0 or more."""
+        grid, encoder = patch_grid(*images.shape[3:]), self.backbone.pretrained
+
+        def predict(images: Tensor) -> Tensor:
+            taps, _ = encoder(normalised(images), 1, chunk=chunk)
+            return self.head(encoder.features(taps), grid)
+
+        log_depth, sky = by_frames(predict, chunk, images.flatten(0, 1)).unflatten(0, images.shape[:2]).unbind(2)
+        return log_depth.exp(), sky.relu()
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """Linearly interpolated quantile of values (X,), of any number; torch's own takes 16 million at most."""
+    place = q * (len(x) - 1)
+    x, low = x.sort().values, int(place)
+    return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], place - low)
+
+
+def fill_sky(depth: Tensor, sky: Tensor, limit: float = float("inf")) -> Tensor:
+    """Depth (N, H, W) of one sequence, where sky (N, H, W, bool) is far: the 0.99 quantile of the rest, at most `limit`.
+
+    Unchanged if either has 10 pixels or fewer.
+    """
+    if min(sky.sum(), (~sky).sum()) <= 10:
+        return depth
+    return torch.where(sky, quantile(depth[~sky], 0.99).clamp(max=limit), depth)
+
+
+class Da3Mono(nn.Module):
+    """Depth Anything 3 for single views; `metric` is the checkpoint whose depth is in metres once a focal length is known."""
+
+    def __init__(self, config: Da3Config = MONO, metric: bool = False) -> None:
+        super().__init__()
+        self.model, self.metric = Mono(config), metric
+
+    def precision(self, dtype: torch.dtype) -> Da3Mono:
+        """Run the products of the encoder in `dtype`; the head and the residual stream stay float32."""
+        set_precision(self.model.backbone, dtype, ())
+        return self
+
+    def forward(self, images: Tensor, K: Tensor | None = None, *, chunk: int = 8) -> Reconstruction:
+        """Images (B, N, 3, H, W) in [0, 1] -> depth of each view by itself; the sky is set to a far depth per sequence.
+
+        K: (B, N, 3, 3) in pixels, gives points and, with the metric checkpoint, metres; without it, scale is unknown. raw:
+        sky (B, N, H, W), of which values from 0.3 on mean sky.
+        """
+        head_depth, sky = self.model(images, chunk)
+        depth = torch.stack([fill_sky(d, s >= SKY) for d, s in zip(head_depth, sky)])
+        raw = dict(head_depth=head_depth, depth_after_sky=depth, sky=sky)
+        if K is None:
+            return Reconstruction(depth, raw=raw)
+        if self.metric:
+            depth = depth * focal(K) / 300
+        return Reconstruction(depth, unproject(depth, K), K=K, metric=self.metric, raw=raw)
+
+
+def focal(K: Tensor) -> Tensor:
+    """Mean focal length (..., 1, 1) of intrinsics (..., 3, 3)."""
+    return ((K[..., 0, 0] + K[..., 1, 1]) / 2)[..., None, None]
+
+
+class Da3Nested(nn.Module):
+    """An any-view network whose scale comes from the metric single-view one."""
+
+    UNUSED = ("model.da3.gs_head.",)
+
+    def __init__(self, config: Da3Config = GIANT, mono: Da3Config = MONO) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.da3, self.model.da3_metric = AnyView(config), Mono(mono)
+
+    def precision(self, dtype: torch.dtype) -> Da3Nested:
+        """Run the products of both encoders in `dtype`; heads and residual streams stay float32."""
+        for network in (self.model.da3, self.model.da3_metric):
+            set_precision(network.backbone, dtype, ())
+        return self
+
+    def forward(
+        self,
+        images: Tensor,
+        T_world_cam: Tensor | None = None,
+        K: Tensor | None = None,
+        *,
+        reference: str = "saddle_balanced",
+        attention: str = "dense",
+        top_k: int = 32,
+        chunk: int = 8,
+    ) -> Reconstruction:
+        """As `Da3.forward`, in metres; the sky has a far depth, 200 m at most, and no confidence."""
+        out = self.model.da3(images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk)
+        metres, sky = self.model.da3_metric(images, chunk)
+        metres, sky = metres * focal(out.K) / 300, sky >= SKY
+        scale = torch.stack([self._scale(*x) for x in zip(out.depth, metres, out.raw["depth_conf"], sky)])
+        scaled = out.depth * scale[:, None, None, None]
+        depth = torch.stack([fill_sky(d, s, 200.0) for d, s in zip(scaled, sky)])
+        T = rigid(out.T_world_cam[..., :3, :3], out.T_world_cam[..., :3, 3] * scale[:, None, None])
+        raw = dict(out.raw, depth=depth, depth_conf=out.raw["depth_conf"].masked_fill(sky, 1), scale_factor=scale)
+        raw["extrinsics"] = invert(T)[..., :3, :]
+        confidence = out.confidence.masked_fill(sky, 0)
+        return replace(
+            out, depth=depth, points=unproject(depth, out.K), confidence=confidence, T_world_cam=T, metric=True, raw=raw
+        )
+
+    @staticmethod
+    def _scale(depth: Tensor, metres: Tensor, confidence: Tensor, sky: Tensor) -> Tensor:
+        """Metres per unit of one sequence by least squares over its confident pixels; 1 where all is sky. (N, H, W) each."""
+        if sky.all():
+            return depth.new_ones(())
+        good = (confidence >= quantile(confidence[~sky], 0.5)) & ~sky & (metres > 0.01) & (depth > 1e-3)
+        return (metres * depth)[good].sum() / depth[good].square().sum()
