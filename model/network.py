@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
-from speed3r_ros.model.attention import STRATEGIES, Tokens
+from speed3r_ros.model.attention import Tokens
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.quantised import Int8Linear
+from speed3r_ros.model.strategies import strategy_for
 
 NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
 IMAGE_MEAN, IMAGE_STD = 0.45, 0.25
@@ -351,16 +352,14 @@ class Network(nn.Module):
         batch, frames = images.shape[:2]
         flat = None if rays is None else (rays.flatten(0, 1), known.flatten(0, 1))
         first = (torch.arange(frames, device=images.device) == 0).repeat(batch)
-        visible = Visible(fine), Visible(coarse)
+        visible, strategy = (Visible(fine), Visible(coarse)), strategy_for(attention, all_visible=False)
         x, stem, descriptor = self.encode(images.flatten(0, 1), *(flat or (None, None)), first)
 
         def attend(_: int, tokens: tuple[Tensor, ...]) -> Tensor:
             q, k, v, q_g, k_g, v_g, gate = (
                 y.unflatten(0, (batch, frames)).transpose(1, 2).flatten(2, 3) for y in tokens
             )
-            out = STRATEGIES[attention](
-                Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g), *visible, self.config.specials, top_k
-            )
+            out = strategy(Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g), *visible, self.config.specials, top_k)
             return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
 
         return self._predict(batch, self.trunk(x, attend), stem, descriptor, *(flat or (None, None)))
@@ -383,11 +382,12 @@ class Network(nn.Module):
             rays = rays[None]
             known = torch.ones(1, dtype=torch.bool, device=image.device) if known is None else known
         x, stem, descriptor = self.encode(image[None], rays, known, memory.first)
+        strategy = strategy_for(attention, all_visible=False)
         visible = Visible(memory.fine), Visible(memory.coarse)  # made here, so that a CUDA graph makes them anew
 
         def attend(layer: int, tokens: tuple[Tensor, ...]) -> Tensor:
             q, k, v, q_g, k_g, v_g, gate = tokens
             keys, values = memory.write(layer, k[0], v[0], k_g[0], v_g[0])
-            return STRATEGIES[attention](Tokens(q, q_g, gate), keys, values, *visible, self.config.specials, top_k)
+            return strategy(Tokens(q, q_g, gate), keys, values, *visible, self.config.specials, top_k)
 
         return self._predict(1, self.trunk(x, attend), stem, descriptor, rays, known)

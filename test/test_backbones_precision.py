@@ -2,34 +2,16 @@
 
 import pytest
 import torch
+from tiny_backbones import BACKBONES
 
 from speed3r_ros.model.backbones.blocks import Block
-from speed3r_ros.model.backbones.da3 import Da3, Da3Config, Da3Mono, Da3Nested
-from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Pi3X, Speed3RPi3
-from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
-
-PI3 = dict(
-    channels=128, heads=2, encoder_blocks=2, table=5, decoder_blocks=6, head_blocks=2, camera_channels=64,
-    metric_channels=64, metric_heads=2, metric_blocks=1, upsample=(32, 32, 32), last_channels=8,
-)  # fmt: skip
-ANY = Da3Config(128, 2, 6, 2, (2, 3, 4, 5), 32, (8, 8, 8, 8), table=5)
-MONO = Da3Config(128, 2, 4, None, (0, 1, 2, 3), 32, (8, 8, 8, 8), table=5)
-MODELS = {
-    "pi3": lambda: Pi3(Pi3Config(**PI3)),
-    "pi3x": lambda: Pi3X(Pi3Config(**PI3)),
-    "speed3r-pi3": lambda: Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})),
-    "vggt": lambda: Vggt(VggtConfig(128, 2, 2, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3))),
-    "da3": lambda: Da3(ANY),
-    "da3-mono": lambda: Da3Mono(MONO),
-    "da3-nested": lambda: Da3Nested(ANY, MONO),
-}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BACKBONES)
 @torch.inference_mode()
 def test_bfloat16_stays_near_float32(name):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = BACKBONES[name]().eval()
     images = torch.rand(1, 3, 3, 56, 112)
     given = {}
     if name == "pi3x":

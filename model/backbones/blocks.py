@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK
-from speed3r_ros.model.attention import STRATEGIES, Tokens
+from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.network import compute_dtype
+from speed3r_ros.model.strategies import strategy_for
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 14
@@ -239,21 +240,23 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class AcrossViews:
-    """Attention of a block across the views of each sequence, by a strategy chosen by name.
+    """Attention of a block across the views of each sequence, by a strategy.
 
-    views: N. specials: S. attention: see `model.attention.STRATEGIES`; all but `dense` need tokens in block-major order.
-    top_k: blocks that a query block attends to. chunk: frames per turn of everything but the attention. tables, pooled:
-    rotary tables of the tokens and of the blocks. visible: which views a view sees.
+    views: N. specials: S. attention: see `model.strategies`. top_k: blocks that a query block attends to. chunk: frames per
+    turn of everything but the attention. tables, pooled: rotary tables of the tokens and of the blocks. visible: which views
+    a view sees. unmasked: all of them. sensitive: layers that bear few keys badly (Spark3R).
     """
 
     views: int
     specials: int
-    attention: str
+    attention: Strategy
     top_k: int
     chunk: int
     tables: Tables
     pooled: Tables | None
     visible: Visible
+    unmasked: bool
+    sensitive: frozenset[int]
 
     @staticmethod
     def of(
@@ -261,25 +264,25 @@ class AcrossViews:
         specials: int,
         views: int,
         width: int,
-        attention: str,
+        attention: str | Strategy,
         top_k: int,
         chunk: int,
+        sensitive: frozenset[int],
         rounded: torch.dtype = torch.float32,
         causal: bool = False,
     ) -> AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
         width: of a head. rounded: see `rotary`. causal: a view sees itself and earlier ones, else all. ValueError if there
-        is no such strategy.
+        is no such strategy, or if it cannot do without later views.
         """
-        if attention not in STRATEGIES:
-            raise ValueError(f"attention {attention!r}: choose one of {', '.join(STRATEGIES)}")
-        pooled = None
-        if attention != "dense":
+        strategy, pooled = strategy_for(attention, not causal), None
+        if strategy.in_blocks:
             pooled = rotary(at[specials:].view(-1, BLOCK, 2).sum(1) // BLOCK, width, rounded)
         table = torch.ones(1, views, views, dtype=torch.bool, device=at.device)
         visible = Visible(table.tril() if causal else table)
-        return AcrossViews(views, specials, attention, top_k, chunk, rotary(at, width, rounded), pooled, visible)
+        tables = rotary(at, width, rounded)
+        return AcrossViews(views, specials, strategy, top_k, chunk, tables, pooled, visible, not causal, sensitive)
 
     def sequences(self, x: Tensor) -> Tensor:
         """(F, X, H, D) -> (B, H, N * X, D), a view."""
@@ -301,13 +304,14 @@ class AcrossViews:
         q, k, *pooled = map(self.sequences, by_frames(prepare, self.chunk, qkv))
         v = self.sequences(qkv[:, :, 2])
         if not pooled:
-            return Tokens(q), Tokens(k), Tokens(v)
+            seen = h.unflatten(0, (-1, self.views)).flatten(1, 2) if self.attention.reads_input else None
+            return Tokens(q, x=seen), Tokens(k), Tokens(v)
         return Tokens(q, pooled[0], self.sequences(block.attn.gates(h))), Tokens(k, pooled[1]), Tokens(v, pooled[2])
 
-    def __call__(self, block: Block, x: Tensor) -> Tensor:
-        """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded."""
-        attend = STRATEGIES[self.attention]
-        out = attend(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k)
+    def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
+        """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference)
+        out = self.attention(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -37,6 +38,8 @@ from speed3r_ros.model.backbones.results import (
     rotation_from_quaternion,
     unproject,
 )
+from speed3r_ros.model.spark3r import sensitive_layers
+from speed3r_ros.model.strategies import strategy_for
 
 SKY = 0.3  # of the sky output, from which a pixel counts as sky
 REFERENCES = ("saddle_balanced", "middle", "first")
@@ -114,7 +117,7 @@ class Encoder(DinoV2):
         views: int,
         camera: Tensor | None = None,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> tuple[list[Tensor], Tensor | None]:
@@ -129,7 +132,7 @@ class Encoder(DinoV2):
         x = by_frames(self.embed, chunk, images)
         order = back = tables = across = chosen = None
         if start is not None:
-            if attention != "dense":
+            if strategy_for(attention).in_blocks:
                 order = block_order(*grid, x.device)
                 back = torch.cat([order.new_zeros(1), 1 + order.argsort()])
                 x = x[:, torch.cat([order.new_zeros(1), 1 + order])]
@@ -137,7 +140,8 @@ class Encoder(DinoV2):
             width = self.config.channels // self.config.heads
             tables = rotary(at, width)
             # across views, all patches stand at the same place
-            across = AcrossViews.of(at.clamp(max=1), 1, views, width, attention, top_k, chunk)
+            sensitive = sensitive_layers("da3", len(self.blocks) // 2 - start // 2)
+            across = AcrossViews.of(at.clamp(max=1), 1, views, width, attention, top_k, chunk, sensitive)
         outputs, inside = [], x
         for i, block in enumerate(self.blocks):
             if start is not None and i == start - 1 and camera is None:
@@ -145,7 +149,7 @@ class Encoder(DinoV2):
             if i == start:
                 x[:, 0] = (self._camera_tokens(chosen, views) if camera is None else camera).flatten(0, 1)
             if start is not None and i >= start and i % 2:
-                x = across(block, x)
+                x = across(block, x, i // 2 - start // 2, chosen)
             else:
                 rotated = tables if start is not None and i >= start else None
                 x = by_frames(lambda x, block=block, rotated=rotated: block(x, rotated), chunk, x, out=x)
@@ -227,7 +231,7 @@ class AnyView(nn.Module):
         K: Tensor | None = None,
         *,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> Reconstruction:
@@ -277,7 +281,7 @@ class Da3(nn.Module):
         K: Tensor | None = None,
         *,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> Reconstruction:
@@ -386,7 +390,7 @@ class Da3Nested(nn.Module):
         K: Tensor | None = None,
         *,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> Reconstruction:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -34,6 +35,8 @@ from speed3r_ros.model.backbones.blocks import (
 from speed3r_ros.model.backbones.dpt import view_plane
 from speed3r_ros.model.backbones.results import Reconstruction, invert, rigid
 from speed3r_ros.model.network import compute_dtype
+from speed3r_ros.model.spark3r import sensitive_layers
+from speed3r_ros.model.strategies import strategy_for
 
 
 @dataclass(frozen=True)
@@ -229,13 +232,20 @@ class Pi3(nn.Module):
         return self.point_decoder.projects.weight.dtype
 
     def decode(
-        self, x: Tensor, views: int, grid: tuple[int, int], attention: str, top_k: int, chunk: int, inject=None
+        self,
+        x: Tensor,
+        views: int,
+        grid: tuple[int, int],
+        attention: str | Strategy,
+        top_k: int,
+        chunk: int,
+        inject=None,
     ) -> tuple[Tensor, Tensor]:
         """Patch tokens (F, h * w, C) -> outputs of the last two blocks (F, L, C), row-major, registers first.
 
         inject: called after each pair of blocks with its number and the tokens, which it changes.
         """
-        order = None if attention == "dense" else block_order(*grid, x.device)
+        order = block_order(*grid, x.device) if strategy_for(attention).in_blocks else None
         if order is not None:
             x = x[:, order]
         if self.specials:
@@ -243,12 +253,13 @@ class Pi3(nn.Module):
         elif order is None:
             x = x.clone()  # the blocks write in its place
         at = positions(*grid, self.specials, order, x.device)
-        tables = self._tables(at)
-        across = AcrossViews.of(at, self.specials, views, tables[0].shape[-1], attention, top_k, chunk, self._rounded)
+        tables, sensitive = self._tables(at), sensitive_layers("pi3", len(self.pairs))
+        width = tables[0].shape[-1]
+        across = AcrossViews.of(at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded)
         for i, (frame, across_views) in enumerate(self.pairs):
             x = by_frames(lambda x, frame=frame: frame(x, tables), chunk, x, out=x)
             last = x.clone() if i == len(self.pairs) - 1 else x
-            x = across(across_views, x)
+            x = across(across_views, x, i)
             if inject:
                 inject(i, x)
         if order is None:
@@ -289,7 +300,7 @@ class Pi3(nn.Module):
     max_log_depth = float("inf")
 
     def forward(
-        self, images: Tensor, *, attention: str | None = None, top_k: int = 32, chunk: int = 32
+        self, images: Tensor, *, attention: str | Strategy | None = None, top_k: int = 32, chunk: int = 32
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, up to one scale per sequence.
 
@@ -477,7 +488,7 @@ class Pi3X(Pi3):
         has_depth: Tensor | None = None,
         has_K: Tensor | None = None,
         has_pose: Tensor | None = None,
-        attention: str | None = None,
+        attention: str | Strategy | None = None,
         top_k: int = 32,
         chunk: int = 32,
     ) -> Reconstruction:
@@ -512,8 +523,8 @@ class Pi3X(Pi3):
         has_pose = has_pose & (has_pose.sum(1, keepdim=True) > 1)  # one pose alone says nothing
         inject = None
         if has_pose.any():
-            if attention != "dense":
-                raise ValueError(f"attention {attention!r}: with poses, Pi3X runs with 'dense' only")
+            if strategy_for(attention).in_blocks:
+                raise ValueError(f"attention {attention!r}: with poses, Pi3X runs with 'dense' or 'spark3r' only")
             T = self._normalised(T_world_cam, has_pose, unit, has_depth)
 
             def inject(i: int, x: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -34,6 +35,8 @@ from speed3r_ros.model.backbones.results import (
     rotation_from_quaternion,
     unproject,
 )
+from speed3r_ros.model.spark3r import sensitive_layers
+from speed3r_ros.model.strategies import strategy_for
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,14 @@ class Aggregator(nn.Module):
         views: int,
         grid: tuple[int, int],
         taps: Sequence[int],
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 32,
         causal: bool = False,
     ) -> list[Tensor]:
         """Patch tokens (F, h * w, C) -> for each pair in `taps`, outputs of both blocks (F, L, 2 C), special tokens first."""
         order = back = None
-        if attention != "dense":
+        if strategy_for(attention).in_blocks:
             order = block_order(*grid, x.device)
             specials = torch.arange(self.specials, device=x.device)
             back = torch.cat([specials, order.argsort() + self.specials])
@@ -102,15 +105,16 @@ class Aggregator(nn.Module):
         x = torch.cat([self.special_tokens(len(x) // views, views), x], 1)
         at = positions(*grid, self.specials, order, x.device)
         width = self.config.channels // self.config.heads
-        across = AcrossViews.of(at, self.specials, views, width, attention, top_k, chunk, causal=causal)
+        sensitive = sensitive_layers("vggt", len(self.global_blocks))
+        across = AcrossViews.of(at, self.specials, views, width, attention, top_k, chunk, sensitive, causal=causal)
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
             x = by_frames(lambda x, frame=frame: frame(x, across.tables), chunk, x, out=x)
             if i not in taps:
-                x = across(across_views, x)
+                x = across(across_views, x, i)
                 continue
             inside = x.clone()
-            x = across(across_views, x)
+            x = across(across_views, x, i)
             both = torch.cat([inside, x], -1)
             outputs[i] = both if back is None else both[:, back]
         return [outputs[i] for i in taps]
@@ -175,7 +179,13 @@ class Vggt(nn.Module):
         return self
 
     def forward(
-        self, images: Tensor, *, attention: str = "dense", top_k: int = 32, chunk: int = 8, point_head: bool = True
+        self,
+        images: Tensor,
+        *,
+        attention: str | Strategy = "dense",
+        top_k: int = 32,
+        chunk: int = 8,
+        point_head: bool = True,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry in units of the mean distance of points to the first camera.
 
