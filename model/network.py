@@ -23,7 +23,7 @@ from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
 from speed3r_ros.model.attention import Tokens
 from speed3r_ros.model.memory import Memory
-from speed3r_ros.model.quantised import Int8Linear
+from speed3r_ros.model.quantised import Fp8Linear, Int8Linear
 from speed3r_ros.model.strategies import strategy_for
 
 NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
@@ -82,10 +82,10 @@ def rotation_from_6d(x: Tensor) -> Tensor:
     return torch.stack([a, b, torch.linalg.cross(a, b)], -1)
 
 
-def compute_dtype(layer: nn.Linear | Int8Linear) -> torch.dtype:
+def compute_dtype(layer: nn.Linear | Int8Linear | Fp8Linear) -> torch.dtype:
     """What the layer takes: autocast's type while training, else the type that its weights are stored in."""
-    if isinstance(layer, Int8Linear):
-        return torch.float32
+    if not isinstance(layer, nn.Linear):
+        return layer.takes
     device = layer.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
 

@@ -1,10 +1,14 @@
-"""Official backbones with bfloat16 products, on random weights: near float32, which residual streams and results keep."""
+"""Official backbones with products in bfloat16 and in FP8, on random weights: near float32, which residual streams and results keep."""
+
+import copy
 
 import pytest
 import torch
 from tiny_backbones import BACKBONES
 
+from speed3r_ros.model.backbones import blocks
 from speed3r_ros.model.backbones.blocks import Block
+from speed3r_ros.model.quantised import Fp8Linear
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -29,3 +33,43 @@ def test_bfloat16_stays_near_float32(name):
         assert (a is None) == (b is None), field
         if a is not None:
             assert a.dtype == torch.float32 and (a - b).norm() <= 0.02 * b.norm(), field
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.inference_mode()
+def test_fp8_rounds_the_wide_layers_of_the_blocks_and_stays_near_float32(name, monkeypatch):
+    torch.manual_seed(0)
+    model, images = BACKBONES[name]().eval(), torch.rand(1, 3, 3, 56, 112)
+    expected = model(images).depth
+    monkeypatch.setattr(blocks, "fp8_units", lambda device: True)  # products in E4M3 by their definition, on a CPU
+    out = model.precision("fp8")(images).depth
+    assert out.dtype == torch.float32 and 0 < (out - expected).norm() <= 0.03 * expected.norm()
+    layers = {key.rsplit(".", 1)[1] for key, module in model.named_modules() if isinstance(module, Fp8Linear)}
+    assert layers == {"qkv", "fc1", "fc2"}
+    for key, module in model.named_modules():
+        if isinstance(module, Fp8Linear):
+            assert ".attn." in key or ".mlp." in key
+
+
+def test_fp8_layers_multiply_what_rounding_leaves():
+    layer = torch.nn.Linear(48, 20)
+    x = torch.randn(5, 3, 48)
+
+    def rounded(rows):
+        scale = rows.abs().amax(-1, keepdim=True).double() / 448
+        return (rows / scale).to(torch.float8_e4m3fn).double() * scale
+
+    expected = rounded(x) @ rounded(layer.weight.detach()).T + layer.bias.detach()
+    torch.testing.assert_close(Fp8Linear(layer)(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_without_fp8_units_bfloat16_runs_and_one_line_says_so():
+    model, images = BACKBONES["pi3"]().eval(), torch.rand(1, 2, 3, 56, 56)
+    other = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="fp8: device 'cpu' has no FP8 units, bfloat16 runs instead") as warned:
+        out = model.precision("fp8")(images)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert torch.equal(out.depth, other.precision(torch.bfloat16)(images).depth)
+    with pytest.raises(ValueError, match="'fp4': give a torch.dtype or 'fp8'"):
+        other.precision("fp4")

@@ -24,6 +24,7 @@ from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.network import compute_dtype
+from speed3r_ros.model.quantised import Fp8Linear, fp8_units
 from speed3r_ros.model.strategies import strategy_for
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,11 +59,25 @@ def by_frames(
     return joined[0] if isinstance(result, Tensor) else joined
 
 
-def set_precision(model: nn.Module, dtype: torch.dtype, keep: tuple[str, ...]) -> None:
-    """Store the weights of linear and convolutional layers as `dtype`, but for those under the prefixes in `keep`."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(keep):
-            module.to(dtype)
+def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, ...]) -> None:
+    """Store the weights of linear and convolutional layers as `dtype`, but for those under the prefixes in `keep`.
+
+    "fp8": bfloat16, and where the GPU multiplies FP8 the blocks' wide layers, to qkv and of the MLP, in E4M3 for inference
+    (Lite3R, section 3); the square projection after attention is slower so (docs/benchmarks.md). Warns where it cannot.
+    ValueError on another name.
+    """
+    if isinstance(dtype, str) and dtype != "fp8":
+        raise ValueError(f"precision {dtype!r}: give a torch.dtype or 'fp8'")
+    eight_bits = dtype == "fp8" and fp8_units(next(model.parameters()).device)
+    for name, module in list(model.named_modules()):
+        if name.startswith(keep):
+            continue
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16 if dtype == "fp8" else dtype)
+        if eight_bits and isinstance(module, Block):
+            module.attn.qkv = Fp8Linear(module.attn.qkv)
+            for part, layer in list(module.mlp.named_children()):
+                setattr(module.mlp, part, Fp8Linear(layer))
 
 
 def patch_grid(height: int, width: int) -> tuple[int, int]:
