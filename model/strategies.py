@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from speed3r_ros.model.attention import Strategy, dense, speed3r
+from speed3r_ros.model.lite3r import Lite3R
 from speed3r_ros.model.spark3r import Spark3R
 
-STRATEGIES: dict[str, Strategy] = {"dense": dense, "speed3r": speed3r, "spark3r": Spark3R()}
+STRATEGIES: dict[str, Strategy] = {"dense": dense, "speed3r": speed3r, "spark3r": Spark3R(), "lite3r": Lite3R()}
 
 
 def strategy_for(attention: str | Strategy, all_visible: bool = True) -> Strategy:

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speed3r_ros.kernels import coarse, frames, merging, selected
+from speed3r_ros.kernels import coarse, frames, linear_attention, merging, selected
 from speed3r_ros.model import attention as strategies
 from speed3r_ros.model.backbones.blocks import block_order
 from speed3r_ros.model.backbones.pi3 import Pi3Config, Speed3RPi3
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
+from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.spark3r import Spark3R
 
 SIZES = dict(channels=128, heads=2, encoder_blocks=2, table=5, head_blocks=2, camera_channels=64)
@@ -173,6 +174,7 @@ def test_unknown_strategies_are_refused():
         ("speed3r-pi3", "speed3r"),  # without special tokens
         ("vggt", "speed3r"),  # with some, and without gates
         ("vggt", Spark3R(ratio=3, strides=2, group=2)),
+        ("vggt", "lite3r"),
         ("streamvggt", "dense"),  # without a mask, dense attention is the library's
     ],
 )
@@ -182,12 +184,14 @@ def test_kernels_take_the_tokens_of_backbones_as_they_lie_in_memory(kind, attent
         model = random_student(dtype=torch.float32)
     else:
         torch.manual_seed(0)
-        model = Vggt(VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0))).aggregator
+        whole = Vggt(VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0)))
+        add_linear_branch(whole)
+        model = whole.aggregator
     x = torch.randn(3, 32, 128)
     outputs = []
     for on_kernels in (False, True):
         asked = Mock(return_value=on_kernels)
-        for module in (coarse, selected, strategies, merging):
+        for module in (coarse, selected, strategies, merging, linear_attention):
             monkeypatch.setattr(module, "on_kernels", asked)
         if kind == "speed3r-pi3":
             outputs.append(torch.cat(model.decode(x, 3, (4, 8), attention, 3, 2), -1))

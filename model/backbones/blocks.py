@@ -325,7 +325,8 @@ class AcrossViews:
 
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
-        layer = Layer(number, number in self.sensitive, self.unmasked, reference)
+        linear = getattr(block.attn, "proj_lin", None)
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear)
         out = self.attention(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)

@@ -140,7 +140,7 @@ class Encoder(DinoV2):
             width = self.config.channels // self.config.heads
             tables = rotary(at, width)
             # across views, all patches stand at the same place
-            sensitive = sensitive_layers("da3", len(self.blocks) // 2 - start // 2)
+            sensitive = sensitive_layers("da3", len(self.across_views))
             across = AcrossViews.of(at.clamp(max=1), 1, views, width, attention, top_k, chunk, sensitive)
         outputs, inside = [], x
         for i, block in enumerate(self.blocks):
@@ -158,6 +158,12 @@ class Encoder(DinoV2):
                 tap = x.clone() if start is None else torch.cat([inside, x], -1)
                 outputs.append(tap if back is None else tap[:, back])
         return outputs, chosen
+
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        start = self.config.alternate_from
+        return [block for i, block in enumerate(self.blocks) if i >= start and i % 2]
 
     def _camera_tokens(self, chosen: Tensor, views: int) -> Tensor:
         first, others = self.camera_token[0]
@@ -269,8 +275,13 @@ class Da3(nn.Module):
         super().__init__()
         self.model = AnyView(config)
 
-    def precision(self, dtype: torch.dtype) -> Da3:
-        """Run the products of the encoder in `dtype`; heads and the residual stream stay float32."""
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return self.model.backbone.pretrained.across_views
+
+    def precision(self, dtype: torch.dtype | str) -> Da3:
+        """Run the products of the encoder in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
         set_precision(self.model.backbone, dtype, ())
         return self
 
@@ -289,9 +300,10 @@ class Da3(nn.Module):
 
         T_world_cam (B, N, 4, 4), camera-to-world, and K (B, N, 3, 3) condition the network where known. The poses that
         come back are the network's still: relative to view 0 then, in units of the median distance to it. K has its
-        principal point at (W / 2, H / 2) with pixel centres at integers. reference: see `reference_view`. attention other
-        than dense: sides must be multiples of 56, and there are no trained gates: the selected blocks alone count. chunk:
-        views that all but that attention take at a time. raw: ray (B, N, 8 h, 8 w, 6), direction and origin in the world.
+        principal point at (W / 2, H / 2) with pixel centres at integers. reference: see `reference_view`. attention: see
+        `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
+        selected blocks alone count. chunk: views that all but that attention take at a time. raw: ray (B, N, 8 h, 8 w, 6),
+        direction and origin in the world.
         """
         return self.model(images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk)
 
@@ -341,8 +353,8 @@ class Da3Mono(nn.Module):
         super().__init__()
         self.model, self.metric = Mono(config), metric
 
-    def precision(self, dtype: torch.dtype) -> Da3Mono:
-        """Run the products of the encoder in `dtype`; the head and the residual stream stay float32."""
+    def precision(self, dtype: torch.dtype | str) -> Da3Mono:
+        """Run the products of the encoder in `dtype` (see `set_precision`); the head and the residual stream stay float32."""
         set_precision(self.model.backbone, dtype, ())
         return self
 
@@ -377,8 +389,13 @@ class Da3Nested(nn.Module):
         self.model = nn.Module()
         self.model.da3, self.model.da3_metric = AnyView(config), Mono(mono)
 
-    def precision(self, dtype: torch.dtype) -> Da3Nested:
-        """Run the products of both encoders in `dtype`; heads and residual streams stay float32."""
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return self.model.da3.backbone.pretrained.across_views
+
+    def precision(self, dtype: torch.dtype | str) -> Da3Nested:
+        """Run the products of both encoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
         for network in (self.model.da3, self.model.da3_metric):
             set_precision(network.backbone, dtype, ())
         return self

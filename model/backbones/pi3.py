@@ -199,8 +199,8 @@ class Pi3(nn.Module):
     def _make_heads(self) -> None:
         self.point_head, self.conf_head = LinearHead(self.config.channels, 3), LinearHead(self.config.channels, 1)
 
-    def precision(self, dtype: torch.dtype) -> Pi3:
-        """Run the products of encoder, decoder and token decoders in `dtype`; heads and residual streams stay float32."""
+    def precision(self, dtype: torch.dtype | str) -> Pi3:
+        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
         set_precision(self, dtype, ("point_head", "conf_head", "camera_head"))
         return self
 
@@ -208,6 +208,11 @@ class Pi3(nn.Module):
     def pairs(self) -> list[tuple[Block, Block]]:
         """Blocks inside frames, each with the block across views that follows it."""
         return list(zip(self.decoder[::2], self.decoder[1::2]))
+
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return [across for _, across in self.pairs]
 
     @property
     def specials(self) -> int:
@@ -472,7 +477,7 @@ class Pi3X(Pi3):
         self.point_head = ConvHead(c.channels, c.upsample, c.last_channels, (2, 1))
         self.conf_head = ConvHead(c.channels, c.upsample, c.last_channels, (1,))
 
-    def precision(self, dtype: torch.dtype) -> Pi3X:
+    def precision(self, dtype: torch.dtype | str) -> Pi3X:
         """As `Pi3.precision`; what reads the conditions stays float32 too."""
         keep = ("point_head", "conf_head", "camera_head", "metric_", "depth_encoder", "ray_embed")
         set_precision(self, dtype, keep)

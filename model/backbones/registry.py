@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from speed3r_ros.model.backbones.da3 import BASE, GIANT, LARGE, SMALL, Da3, Da3Mono, Da3Nested
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3X, Speed3RPi3
 from speed3r_ros.model.backbones.vggt import Vggt
+from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.weights import read_safetensors, require_same_shapes
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -65,10 +66,13 @@ def load_backbone(name: str, path: Path | str) -> nn.Module:
 def load_into(model: nn.Module, path: Path, remedy: str) -> nn.Module:
     """Give `model`, which may be on the meta device, the weights in `path`. Arguments and errors: see `load_backbone`.
 
-    Keys that begin with one of the model's `UNUSED`, parts that this repository does not run, are passed over.
+    Keys that begin with one of the model's `UNUSED`, parts that this repository does not run, are passed over. Projections of
+    Lite3R's linear branch are taken if the file has them.
     """
     path = _file(path, remedy)
     state = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pt(path)
+    if any(key.endswith("attn.proj_lin.weight") for key in state):
+        add_linear_branch(model)
     unused = getattr(model, "UNUSED", ())
     state = {key: value.float() for key, value in state.items() if not key.startswith(unused)}
     expected = model.state_dict(keep_vars=True)

@@ -173,8 +173,13 @@ class Vggt(nn.Module):
         self.point_head = DPT(width, c.features, c.levels, 4, relu_skip=True)
         self.depth_head = DPT(width, c.features, c.levels, 2, relu_skip=True)
 
-    def precision(self, dtype: torch.dtype) -> Vggt:
-        """Run the products of the aggregator in `dtype`; heads and the residual stream stay float32."""
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return list(self.aggregator.global_blocks)
+
+    def precision(self, dtype: torch.dtype | str) -> Vggt:
+        """Run the products of the aggregator in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
         set_precision(self, dtype, ("camera_head", "point_head", "depth_head"))
         return self
 
@@ -191,8 +196,9 @@ class Vggt(nn.Module):
 
         Points are the depth unprojected, which its authors found better than the point head's; that one is only in `raw`
         (in the world's frame), and left out if `point_head` is False. K has its principal point at (W / 2, H / 2) with pixel
-        centres at integers, as in the official code. attention other than dense: sides must be multiples of 56, and there
-        are no trained gates: the selected blocks alone count. chunk: views that all but that attention take at a time.
+        centres at integers, as in the official code. attention: see `model.strategies`; with speed3r and lite3r sides must be
+        multiples of 56, and as there are no trained gates the selected blocks alone count. chunk: views that all but that
+        attention take at a time.
         """
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
         grid = patch_grid(*size)
