@@ -26,6 +26,7 @@ from speed3r_ros.model.backbones.da3 import Da3, Da3Config
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
 from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction
+from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 from speed3r_ros.model.lite3r import Lite3R, add_linear_branch
 from speed3r_ros.model.spark3r import Spark3R
@@ -39,7 +40,7 @@ OPTIONS: dict[str, Strategy] = STRATEGIES | {
 }
 TINY = {
     "pi3": lambda: Pi3(Pi3Config(128, 2, 1, 5, 4, 5, 1, 64)),
-    "vggt-1b": lambda: Vggt(VggtConfig(128, 2, 1, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3))),
+    "vggt-1b": lambda: Vggt(VggtConfig(128, 2, 1, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3), TrackerConfig(8, 16))),
     "da3-large": lambda: Da3(Da3Config(128, 2, 6, 2, (2, 3, 4, 5), 32, (8, 8, 8, 8), table=5)),
 }
 PATIENCE = 40.0  # seconds; once its runs have taken so long, a configuration is not repeated

@@ -61,8 +61,8 @@ SOME_LAYER = Layer()
 class Strategy(ABC):
     """How frames attend to one another; its options are the fields of dataclasses.
 
-    in_blocks: it needs tokens in block-major order, with pooled tokens and gates. follows_visibility: it obeys the tables,
-    else all frames must see all. reads_input: it needs `Tokens.x`.
+    in_blocks: it needs tokens in block-major order, with pooled tokens and gates. reads_input: it needs `Tokens.x`, which is
+    not there in blocks. follows_visibility: it obeys the tables, else all frames must see all.
     """
 
     in_blocks = False

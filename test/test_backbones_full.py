@@ -67,3 +67,9 @@ def test_vggt():
     golden.check("intrinsic", out.K)
     for name in ("depth", "depth_conf", "world_points", "world_points_conf"):
         golden.check(name, out.raw[name][:, :, ::3, ::3])
+    taps = model.aggregator(x, 2, (10, 14), model.config.taps)
+    queries = torch.tensor([[[40.0, 60.0], [101.25, 30.5], [170.0, 120.0]]])
+    once = model.track_head(taps, 5, 2, (10, 14), queries, iterations=1)
+    golden.check("track1", once.positions)
+    golden.check("track1_vis", once.visibility)
+    golden.check("track1_conf", once.confidence)

@@ -1,4 +1,5 @@
-"""Official backbones with products in bfloat16 and in FP8, on random weights: near float32, which residual streams and results keep."""
+"""Official backbones on random weights: products in bfloat16 and in FP8 stay near float32, which residual streams and results
+keep, and gradients reach the images' embedding."""
 
 import copy
 
@@ -11,17 +12,33 @@ from speed3r_ros.model.backbones.blocks import Block
 from speed3r_ros.model.quantised import Fp8Linear
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@torch.inference_mode()
-def test_bfloat16_stays_near_float32(name):
+def example(name):
+    """A model, images and the conditions that it knows."""
     torch.manual_seed(0)
-    model = BACKBONES[name]().eval()
-    images = torch.rand(1, 3, 3, 56, 112)
     given = {}
     if name == "pi3x":
         poses = torch.eye(4).repeat(1, 3, 1, 1)
         poses[0, :, 0, 3] = torch.arange(3.0)
         given = dict(depth=1 + torch.rand(1, 3, 56, 112), K=torch.eye(3).expand(1, 3, 3, 3), T_world_cam=poses)
+    return BACKBONES[name]().eval(), torch.rand(1, 3, 3, 56, 112), given
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_gradients_do_not_depend_on_the_chunks(name):
+    model, images, given = example(name)
+    weight = next(p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight"))
+    grads = []
+    for chunk in (2, 8):
+        model(images, **given, chunk=chunk).depth.square().mean().backward()
+        grads.append(weight.grad.clone())
+        weight.grad = None
+    assert grads[0].abs().max() > 0 and (grads[0] - grads[1]).norm() <= 1e-3 * grads[1].norm()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.inference_mode()
+def test_bfloat16_stays_near_float32(name):
+    model, images, given = example(name)
     streams = []
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.norm1.register_forward_pre_hook(lambda _, x: streams.append(x[0].dtype))

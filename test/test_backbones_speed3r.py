@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from speed3r_ros.kernels import coarse, frames, linear_attention, merging, selected
 from speed3r_ros.model import attention as strategies
-from speed3r_ros.model.backbones.blocks import block_order
+from speed3r_ros.model.backbones.blocks import AcrossViews, Block, Layout, block_order
 from speed3r_ros.model.backbones.pi3 import Pi3Config, Speed3RPi3
+from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.spark3r import Spark3R
@@ -159,6 +160,16 @@ def test_gradients_flow_in_chunks_too():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [2, 8])
+@torch.inference_mode()
+def test_keys_and_values_lie_alike_in_memory(chunk):
+    """The kernels copy both else."""
+    layout = Layout((4, 8), 3, "speed3r", torch.device("cpu"))
+    across = AcrossViews.of(layout.at, 3, 2, 64, "speed3r", 4, chunk)
+    _, k, v = across.before(Block(128, 2, qk_eps=1e-5, gated=True), torch.randn(4, 35, 128))
+    assert k.fine.stride() == v.fine.stride() and k.pooled.stride() == v.pooled.stride()
+
+
 def test_unknown_strategies_are_refused():
     with pytest.raises(ValueError, match="'sparse': choose one of dense, speed3r"):
         random_student(dtype=torch.float32)(images(1, 56, 56), attention="sparse")
@@ -184,7 +195,7 @@ def test_kernels_take_the_tokens_of_backbones_as_they_lie_in_memory(kind, attent
         model = random_student(dtype=torch.float32)
     else:
         torch.manual_seed(0)
-        whole = Vggt(VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0)))
+        whole = Vggt(VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0), TrackerConfig(8, 16)))
         add_linear_branch(whole)
         model = whole.aggregator
     x = torch.randn(3, 32, 128)

@@ -112,6 +112,29 @@ def positions(h: int, w: int, specials: int, order: Tensor | None = None, device
     return torch.cat([patches.new_zeros(specials, 2), patches if order is None else patches[order]])
 
 
+class Layout:
+    """Order of a view's tokens: special ones, then patches, row by row or, for strategies in blocks, block by block.
+
+    at: (L, 2) positions of the tokens. ValueError: see `block_order`.
+    """
+
+    def __init__(self, grid: tuple[int, int], specials: int, attention: str | Strategy, device: torch.device) -> None:
+        order = block_order(*grid, device) if strategy_for(attention).in_blocks else None
+        self.at = positions(*grid, specials, order, device)
+        self._order = self._back = None
+        if order is not None:
+            self._order = torch.cat([torch.arange(specials, device=device), specials + order])
+            self._back = self._order.argsort()
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Tokens (F, L, C) whose patches lie row by row -> in this order; x itself if that is the same."""
+        return x if self._order is None else x[:, self._order]
+
+    def restore(self, x: Tensor, chunk: int) -> Tensor:
+        """The inverse, in x's place where no gradients are recorded."""
+        return x if self._back is None else by_frames(lambda y: y[:, self._back], chunk, x, out=x)
+
+
 def rotary(at: Tensor, width: int, rounded: torch.dtype = torch.float32) -> Tables:
     """Tables of the 2-D rotary embedding with base 100 at integer positions (X, 2), half of the head for each axis.
 
@@ -209,7 +232,8 @@ class Attention(nn.Module):
             open_one = torch.tensor([0.0, 1.0], device=h.device, dtype=compute_dtype(self.qkv))
             return open_one.expand(*h.shape[:2], self.heads, 2)
         gate = self.gate(h.to(compute_dtype(self.gate[0])))
-        return gate.float().sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2))
+        high = torch.promote_types(gate.dtype, torch.float32)
+        return gate.to(high).sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2))
 
 
 class Block(nn.Module):
@@ -282,7 +306,7 @@ class AcrossViews:
         attention: str | Strategy,
         top_k: int,
         chunk: int,
-        sensitive: frozenset[int],
+        sensitive: frozenset[int] = frozenset(),
         rounded: torch.dtype = torch.float32,
         causal: bool = False,
     ) -> AcrossViews:
@@ -304,24 +328,24 @@ class AcrossViews:
         return x.unflatten(0, (-1, self.views)).flatten(1, 2).transpose(1, 2)
 
     def before(self, block: Block, x: Tensor) -> tuple[Tokens, Tokens, Tokens]:
-        """Input (F, L, C) -> queries, keys and values of B sequences."""
-        h = block.norm1(x).to(compute_dtype(block.attn.qkv))
-        qkv = block.attn.project(h)
+        """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
 
-        def prepare(qkv: Tensor) -> tuple[Tensor, ...]:
-            fine = block.attn.prepare(qkv, self.tables)
+        def prepare(x: Tensor) -> tuple[Tensor, ...]:
+            h = block.norm1(x).to(compute_dtype(block.attn.qkv))
+            qkv = block.attn.project(h)
+            fine = (*block.attn.prepare(qkv, self.tables), qkv[:, :, 2].contiguous())
             if self.pooled is None:
-                return fine
+                return (*fine, h[:, :, None]) if self.attention.reads_input else fine
             high = torch.promote_types(qkv.dtype, torch.float32)
-            mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high).to(qkv.dtype)
-            return *fine, *block.attn.prepare(mean, self.pooled), mean[:, :, 2]
+            mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high)
+            pooled = (*block.attn.prepare(mean, self.pooled), mean[:, :, 2].contiguous())
+            return *fine, *(y.to(qkv.dtype) for y in pooled), block.attn.gates(h)
 
-        q, k, *pooled = map(self.sequences, by_frames(prepare, self.chunk, qkv))
-        v = self.sequences(qkv[:, :, 2])
-        if not pooled:
-            seen = h.unflatten(0, (-1, self.views)).flatten(1, 2) if self.attention.reads_input else None
-            return Tokens(q, x=seen), Tokens(k), Tokens(v)
-        return Tokens(q, pooled[0], self.sequences(block.attn.gates(h))), Tokens(k, pooled[1]), Tokens(v, pooled[2])
+        q, k, v, *rest = map(self.sequences, by_frames(prepare, self.chunk, x))
+        if self.pooled is None:
+            return Tokens(q, x=rest[0][:, 0] if rest else None), Tokens(k), Tokens(v)
+        q_pooled, k_pooled, v_pooled, gate = rest
+        return Tokens(q, q_pooled, gate), Tokens(k, k_pooled), Tokens(v, v_pooled)
 
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""

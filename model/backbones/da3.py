@@ -20,11 +20,10 @@ from speed3r_ros.model.backbones.blocks import (
     AcrossViews,
     Block,
     DinoV2,
+    Layout,
     Mlp,
-    block_order,
     by_frames,
     patch_grid,
-    positions,
     rotary,
     set_precision,
 )
@@ -39,7 +38,6 @@ from speed3r_ros.model.backbones.results import (
     unproject,
 )
 from speed3r_ros.model.spark3r import sensitive_layers
-from speed3r_ros.model.strategies import strategy_for
 
 SKY = 0.3  # of the sky output, from which a pixel counts as sky
 REFERENCES = ("saddle_balanced", "middle", "first")
@@ -130,18 +128,15 @@ class Encoder(DinoV2):
         start, taps = self.config.alternate_from, self.config.taps
         grid = patch_grid(*images.shape[2:])
         x = by_frames(self.embed, chunk, images)
-        order = back = tables = across = chosen = None
+        layout = tables = across = chosen = None
         if start is not None:
-            if strategy_for(attention).in_blocks:
-                order = block_order(*grid, x.device)
-                back = torch.cat([order.new_zeros(1), 1 + order.argsort()])
-                x = x[:, torch.cat([order.new_zeros(1), 1 + order])]
-            at = positions(*grid, 1, order, x.device)
+            layout = Layout(grid, 1, attention, x.device)
+            x = layout.arrange(x)
             width = self.config.channels // self.config.heads
-            tables = rotary(at, width)
+            tables = rotary(layout.at, width)
             # across views, all patches stand at the same place
             sensitive = sensitive_layers("da3", len(self.across_views))
-            across = AcrossViews.of(at.clamp(max=1), 1, views, width, attention, top_k, chunk, sensitive)
+            across = AcrossViews.of(layout.at.clamp(max=1), 1, views, width, attention, top_k, chunk, sensitive)
         outputs, inside = [], x
         for i, block in enumerate(self.blocks):
             if start is not None and i == start - 1 and camera is None:
@@ -155,8 +150,7 @@ class Encoder(DinoV2):
                 x = by_frames(lambda x, block=block, rotated=rotated: block(x, rotated), chunk, x, out=x)
                 inside = x.clone() if i + 1 in taps else x  # the next block may write in its place
             if i in taps:
-                tap = x.clone() if start is None else torch.cat([inside, x], -1)
-                outputs.append(tap if back is None else tap[:, back])
+                outputs.append(x.clone() if layout is None else layout.restore(torch.cat([inside, x], -1), chunk))
         return outputs, chosen
 
     @property

@@ -21,10 +21,10 @@ from speed3r_ros.model.backbones.blocks import (
     AcrossViews,
     Block,
     DinoV2,
+    Layout,
     Mlp,
     PatchEmbed,
     Tables,
-    block_order,
     by_frames,
     patch_grid,
     positions,
@@ -250,29 +250,24 @@ class Pi3(nn.Module):
 
         inject: called after each pair of blocks with its number and the tokens, which it changes.
         """
-        order = block_order(*grid, x.device) if strategy_for(attention).in_blocks else None
-        if order is not None:
-            x = x[:, order]
+        layout, given = Layout(grid, self.specials, attention, x.device), x
         if self.specials:
             x = torch.cat([self.register_token[0].expand(len(x), -1, -1), x], 1)
-        elif order is None:
+        x = layout.arrange(x)
+        if x is given:
             x = x.clone()  # the blocks write in its place
-        at = positions(*grid, self.specials, order, x.device)
-        tables, sensitive = self._tables(at), sensitive_layers("pi3", len(self.pairs))
+        tables, sensitive = self._tables(layout.at), sensitive_layers("pi3", len(self.pairs))
         width = tables[0].shape[-1]
-        across = AcrossViews.of(at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded)
+        across = AcrossViews.of(
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded
+        )
         for i, (frame, across_views) in enumerate(self.pairs):
             x = by_frames(lambda x, frame=frame: frame(x, tables), chunk, x, out=x)
             last = x.clone() if i == len(self.pairs) - 1 else x
             x = across(across_views, x, i)
             if inject:
                 inject(i, x)
-        if order is None:
-            return last, x
-        specials = torch.arange(self.specials, device=x.device)
-        back = torch.cat([specials, order.argsort() + self.specials])
-        last, x = (by_frames(lambda y: y[:, back], chunk, y, out=y) for y in (last, x))
-        return last, x
+        return layout.restore(last, chunk), layout.restore(x, chunk)
 
     def read(self, x: Tensor, grid: tuple[int, int], tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """Decoder output (F, L, 2 C) -> points (F, 3, H, W) as x/z, y/z and log z; confidence logit (F, 1, H, W); (F, 12)."""
@@ -327,7 +322,7 @@ class Speed3RPi3(Pi3):
 
     Its blocks of 4 x 4 patches need sides that are multiples of 56 pixels. Other images are resized to the nearest such size
     and the maps back to the given one: that is what its training did with every image, it needs no masks in the kernels, and
-    tokens of padding would enter the blocks' means. Facts: research of the released code, pi3_sparse.py.
+    tokens of padding would enter the blocks' means. Source: pi3_sparse.py of the released code.
     """
 
     attention = "speed3r"
@@ -421,37 +416,29 @@ class PoseBlock(Block):
     matrix of the token's view, the rest turns with the patch's column and row. Values are transformed too, outputs back.
     """
 
-    def transform(self, x: Tensor, matrix: Tensor, angle: Tensor, back: bool = False) -> Tensor:
-        """x: (B, H, N, P, D). matrix: (B, N, 4, 4). angle: (P, D / 4) of column and row. back: turn by minus the angle."""
+    def transform(self, x: Tensor, matrix: Tensor, angle: Tensor) -> Tensor:
+        """x: (V, P, H, D) of V views. matrix: (V, 4, 4). angle: (P, 2, D / 8), by column and by row."""
         head, rest = x.split(x.shape[-1] // 2, -1)
-        head = torch.einsum("bnij,bhnpgj->bhnpgi", matrix, head.unflatten(-1, (-1, 4))).flatten(-2)
-        a, b = rest.unflatten(-1, (2, 2, -1)).unbind(-2)  # each (..., axis, D / 8)
-        cos, sin = angle.cos(), -angle.sin() if back else angle.sin()
-        rest = torch.stack([a * cos + b * sin, b * cos - a * sin], -2).flatten(-3)
-        return torch.cat([head, rest], -1)
+        head = torch.einsum("vij,vphgj->vphgi", matrix, head.unflatten(-1, (-1, 4))).flatten(-2)
+        a, b = rest.unflatten(-1, (2, 2, -1)).unbind(-2)  # each (V, P, H, 2, D / 8)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat([head, torch.stack([a * cos + b * sin, b * cos - a * sin], -2).flatten(-3)], -1)
 
-    def inject(self, x: Tensor, T_world_cam: Tensor, posed: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens (F, P, C), poses (B, N, 4, 4), posed: (B, N) bool -> what to add to x, zero where not posed."""
-        views = posed.shape[1]
-        h = self.norm1(x)
-        qkv = self.attn.project(h)
-        q, k = self.attn.prepare(qkv, None)
+    def change(self, x: Tensor, T_world_cam: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens (V, P, C) of the views of a sequence with poses (V, 4, 4) -> what to add to them."""
+        qkv = self.attn.project(self.norm1(x))
+        rate = 100.0 ** (-torch.arange(qkv.shape[-1] // 8, device=x.device) / (qkv.shape[-1] // 8))
+        angle = (positions(*grid, 0, None, x.device) - 1).flip(1)[..., None] * rate
+        T_cam_world = invert(T_world_cam)
         q, k, v = (
-            y.unflatten(0, (-1, views)).permute(0, 3, 1, 2, 4).to(T_world_cam.dtype) for y in (q, k, qkv[:, :, 2])
+            self.transform(y.to(T_world_cam.dtype), matrix, angle).to(qkv.dtype).flatten(0, 1).transpose(0, 1)[None]
+            for y, matrix in zip(
+                (*self.attn.prepare(qkv, None), qkv[:, :, 2]), (T_cam_world.mT, T_world_cam, T_world_cam)
+            )
         )
-        quarter = q.shape[-1] // 8
-        rate = 100.0 ** (-torch.arange(quarter, device=x.device) / quarter)
-        y_at, x_at = (positions(*grid, 0, None, x.device) - 1).unbind(1)
-        angle = torch.stack([x_at, y_at], -1)[..., None] * rate  # (P, axis, D / 8)
-        E, inverse = invert(T_world_cam), T_world_cam
-        q, k, v = (self.transform(y, m, angle) for y, m in ((q, E.mT), (k, inverse), (v, inverse)))
-        seen = posed.repeat_interleave(x.shape[1], 1)
-        mask = (seen[:, None, :] & seen[:, :, None])[:, None]
-        out = F.scaled_dot_product_attention(*(y.flatten(2, 3).to(qkv.dtype) for y in (q, k, v)), attn_mask=mask)
-        out = self.transform(out.unflatten(2, (views, -1)).to(E.dtype), E, angle, back=True)
-        out = out.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1).to(qkv.dtype)
-        change = self.ls1(self.attn.proj(out)) + self.ls2(self.mlp(self.norm2(x).to(qkv.dtype)))
-        return torch.where(posed.flatten()[:, None, None], change, 0)
+        out = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).unflatten(0, (len(x), -1))
+        out = self.transform(out.to(T_world_cam.dtype), T_cam_world, -angle).flatten(2).to(qkv.dtype)
+        return self.ls1(self.attn.proj(out)) + self.ls2(self.mlp(self.norm2(x).to(qkv.dtype)))
 
 
 class Pi3X(Pi3):
@@ -535,7 +522,9 @@ class Pi3X(Pi3):
             def inject(i: int, x: Tensor) -> None:
                 if i in self.INJECTED:
                     block = self.pose_inject_blk[self.INJECTED.index(i)]
-                    x[:, self.specials :] += block.inject(x[:, self.specials :], T, has_pose, grid)
+                    for sequence, (poses, posed) in enumerate(zip(T, has_pose)):
+                        frames = sequence * views + posed.nonzero()[:, 0]
+                        x[frames, self.specials :] += block.change(x[frames, self.specials :], poses[posed], grid)
 
         decoded = self.decode(x, views, grid, attention, top_k, chunk, inject)
         out = self.assemble(decoded, views, grid, size, chunk)
@@ -545,7 +534,7 @@ class Pi3X(Pi3):
     def _normalised(T_world_cam: Tensor, posed: Tensor, unit: Tensor | None, has_depth: Tensor) -> Tensor:
         """Poses relative to the first posed view, in the unit of depth where used, else of the mean distance to it."""
         first = posed.int().argmax(1)
-        T = invert(T_world_cam[torch.arange(len(T_world_cam)), first])[:, None] @ T_world_cam
+        T = invert(T_world_cam[torch.arange(len(T_world_cam), device=first.device), first])[:, None] @ T_world_cam
         T = torch.where(posed[..., None, None], T, torch.eye(4, device=T.device, dtype=T.dtype))
         distance = T[..., :3, 3].norm(dim=-1)
         mean = distance.sum(1) / (posed.sum(1) - 1).clamp(min=1)

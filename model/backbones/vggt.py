@@ -6,7 +6,7 @@ Official sources: facebookresearch/vggt (Wang et al., CVPR 2025) and wzzheng/Str
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,10 @@ from speed3r_ros.model.backbones.blocks import (
     AcrossViews,
     Block,
     DinoV2,
+    Layout,
     Mlp,
-    block_order,
     by_frames,
     patch_grid,
-    positions,
     set_precision,
 )
 from speed3r_ros.model.backbones.dpt import DPT
@@ -35,8 +34,8 @@ from speed3r_ros.model.backbones.results import (
     rotation_from_quaternion,
     unproject,
 )
+from speed3r_ros.model.backbones.tracker import TrackerConfig, TrackHead
 from speed3r_ros.model.spark3r import sensitive_layers
-from speed3r_ros.model.strategies import strategy_for
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class VggtConfig:
     features: int = 256
     levels: tuple[int, int, int, int] = (256, 512, 1024, 1024)
     taps: tuple[int, int, int, int] = (4, 11, 17, 23)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 
 class Aggregator(nn.Module):
@@ -96,17 +96,13 @@ class Aggregator(nn.Module):
         causal: bool = False,
     ) -> list[Tensor]:
         """Patch tokens (F, h * w, C) -> for each pair in `taps`, outputs of both blocks (F, L, 2 C), special tokens first."""
-        order = back = None
-        if strategy_for(attention).in_blocks:
-            order = block_order(*grid, x.device)
-            specials = torch.arange(self.specials, device=x.device)
-            back = torch.cat([specials, order.argsort() + self.specials])
-            x = x[:, order]
-        x = torch.cat([self.special_tokens(len(x) // views, views), x], 1)
-        at = positions(*grid, self.specials, order, x.device)
+        layout = Layout(grid, self.specials, attention, x.device)
+        x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, views), x], 1))
         width = self.config.channels // self.config.heads
         sensitive = sensitive_layers("vggt", len(self.global_blocks))
-        across = AcrossViews.of(at, self.specials, views, width, attention, top_k, chunk, sensitive, causal=causal)
+        across = AcrossViews.of(
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, causal=causal
+        )
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
             x = by_frames(lambda x, frame=frame: frame(x, across.tables), chunk, x, out=x)
@@ -115,8 +111,7 @@ class Aggregator(nn.Module):
                 continue
             inside = x.clone()
             x = across(across_views, x, i)
-            both = torch.cat([inside, x], -1)
-            outputs[i] = both if back is None else both[:, back]
+            outputs[i] = layout.restore(torch.cat([inside, x], -1), chunk)
         return [outputs[i] for i in taps]
 
 
@@ -160,9 +155,9 @@ def cameras(encoding: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 class Vggt(nn.Module):
-    """VGGT; with `causal`, StreamVGGT's parallel form. The tracker is not run: its keys are passed over."""
+    """VGGT; with `causal`, StreamVGGT's parallel form."""
 
-    UNUSED = ("track_head.", "aggregator.patch_embed.mask_token")
+    UNUSED = ("aggregator.patch_embed.mask_token",)
 
     def __init__(self, config: VggtConfig = VggtConfig(), causal: bool = False) -> None:
         super().__init__()
@@ -172,6 +167,7 @@ class Vggt(nn.Module):
         self.camera_head = CameraHead(width, c.camera_heads, c.camera_blocks)
         self.point_head = DPT(width, c.features, c.levels, 4, relu_skip=True)
         self.depth_head = DPT(width, c.features, c.levels, 2, relu_skip=True)
+        self.track_head = TrackHead(width, c.levels, c.tracker)
 
     @property
     def across_views(self) -> list[Block]:
@@ -180,12 +176,13 @@ class Vggt(nn.Module):
 
     def precision(self, dtype: torch.dtype | str) -> Vggt:
         """Run the products of the aggregator in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
-        set_precision(self, dtype, ("camera_head", "point_head", "depth_head"))
+        set_precision(self, dtype, ("camera_head", "point_head", "depth_head", "track_head"))
         return self
 
     def forward(
         self,
         images: Tensor,
+        queries: Tensor | None = None,
         *,
         attention: str | Strategy = "dense",
         top_k: int = 32,
@@ -194,11 +191,12 @@ class Vggt(nn.Module):
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry in units of the mean distance of points to the first camera.
 
-        Points are the depth unprojected, which its authors found better than the point head's; that one is only in `raw`
-        (in the world's frame), and left out if `point_head` is False. K has its principal point at (W / 2, H / 2) with pixel
-        centres at integers, as in the official code. attention: see `model.strategies`; with speed3r and lite3r sides must be
-        multiples of 56, and as there are no trained gates the selected blocks alone count. chunk: views that all but that
-        attention take at a time.
+        queries: pixels of the first view (B, Q, 2), x then y, to follow through the others; `raw` then has track (B, N, Q,
+        2), track_vis and track_conf (B, N, Q). Points are the depth unprojected, which its authors found better than the
+        point head's; that one is only in `raw` (in the world's frame), and left out if `point_head` is False. K has its
+        principal point at (W / 2, H / 2) with pixel centres at integers, as in the official code. attention: see
+        `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
+        selected blocks alone count. chunk: views that all but that attention take at a time.
         """
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
         grid = patch_grid(*size)
@@ -228,4 +226,7 @@ class Vggt(nn.Module):
             out = dense(self.point_head)
             raw["world_points"] = (out[:, :, :3].sign() * out[:, :, :3].abs().expm1()).permute(0, 1, 3, 4, 2)
             raw["world_points_conf"] = 1 + out[:, :, 3].exp()
+        if queries is not None:
+            tracks = self.track_head(taps, self.aggregator.specials, views, grid, queries, chunk=chunk)
+            raw |= dict(track=tracks.positions, track_vis=tracks.visibility, track_conf=tracks.confidence)
         return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T_world_cam, K, raw=raw)
