@@ -16,14 +16,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from speed3r_ros.model.attention import STRATEGIES, Tokens
+from speed3r_ros.model.attention import Strategy, Tokens, unmasked
 from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Network, NetworkConfig
+from speed3r_ros.model.strategies import STRATEGIES
 
 PI3 = NetworkConfig(
     height=392, width=504, channels=1024, encoder_blocks=24, alternating_blocks=18, registers=4, stem=48, decoder=32
@@ -33,11 +32,12 @@ TOP_K = 32
 WINDOW, ANCHORS, BANK = 8, 16, 256
 
 
-def everything(q: Tokens, k: Tokens, v: Tokens, *_: object) -> Tensor:
+class Everything(Strategy):
     """Dense attention without any mask."""
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(backends, set_priority=True):
-        return F.scaled_dot_product_attention(q.fine, k.fine, v.fine)
+
+    def __call__(self, q: Tokens, k: Tokens, v: Tokens, *_: object) -> Tensor:
+        """See `Strategy.__call__`."""
+        return unmasked(q.fine, k.fine, v.fine)
 
 
 def synchronise(device: torch.device) -> None:
@@ -145,7 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cpu" if args.tiny else "cuda")
     dtype = torch.float32 if args.tiny else torch.bfloat16
-    STRATEGIES["everything"] = everything
+    STRATEGIES["everything"] = Everything()
     with torch.device(device):
         network = Network(TINY if args.tiny else PI3).eval()
     network.precision(dtype)

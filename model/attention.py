@@ -1,6 +1,6 @@
-"""Global (cross-frame) attention strategies, chosen by name.
+"""Global (cross-frame) attention: what a strategy is given, and those that any network runs. Their names: `strategies`.
 
-One function serves both forms of the network: the parallel one (all frames of a sequence query all frames, under a
+One call serves both forms of the network: the parallel one (all frames of a sequence query all frames, under a
 visibility rule) and the recurrent one (one new frame queries the slots of the memory). That is what makes
 "parallel = recurrent" hold by construction.
 
@@ -11,10 +11,12 @@ block-major order), G = P / 16 blocks per frame, H heads, D head width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from speed3r_ros.kernels.coarse import coarse_attention
 from speed3r_ros.kernels.frames import Visible, frame_attention, on_kernels
@@ -27,38 +29,123 @@ class Tokens:
 
     fine: (B, H, frames * L, D), normalised and rotated. pooled: (B, H, frames * G, D): raw tokens averaged over each
     block, then normalised and rotated at the block's mean position (Speed3R); None where only dense attention follows.
-    gate: (B, H, frames * L, 2), only of queries.
+    gate: (B, H, frames * L, 2), only of queries. x: the block's normalised input (B, frames * L, C), only of queries and only
+    for strategies that read it.
     """
 
     fine: Tensor
     pooled: Tensor | None = None
     gate: Tensor | None = None
+    x: Tensor | None = None
 
 
-def dense(q: Tokens, k: Tokens, v: Tokens, fine: Visible, coarse: Visible, specials: int, top_k: int) -> Tensor:
-    """Softmax attention of every token of a query frame to every token of the frames it may see.
+@dataclass(frozen=True)
+class Layer:
+    """The layer that a strategy is called in.
 
-    q.fine: (B, H, T * L, D). k.fine, v.fine: (B, H, N * L, D). fine: of a table (B or 1, T, N). `coarse`, the pooled tokens
-    and `top_k` are not used. Returns (B, H, T * L, D).
+    number: from 0 among the network's layers across frames. sensitive: whether it bears few keys badly (Spark3R). unmasked:
+    whether all frames see all, known on the host. reference: (B,), the frame that a sequence is measured against; None = the
+    first. linear: projection D -> D of the linear branch (Lite3R), if the network has one.
     """
-    length = q.fine.shape[2] // fine.table.shape[1]
-    if on_kernels(q.fine):
-        return frame_attention(*(x.fine.unflatten(2, (-1, length)) for x in (q, k, v)), fine)[0].flatten(2, 3)
-    mask = fine.table.repeat_interleave(length, 1).repeat_interleave(length, 2).unsqueeze(1)
-    return F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=mask)
+
+    number: int = 0
+    sensitive: bool = True
+    unmasked: bool = False
+    reference: Tensor | None = None
+    linear: nn.Module | None = None
 
 
-def speed3r(q: Tokens, k: Tokens, v: Tokens, fine: Visible, coarse: Visible, specials: int, top_k: int) -> Tensor:
+SOME_LAYER = Layer()
+
+
+class Strategy(ABC):
+    """How frames attend to one another; its options are the fields of dataclasses.
+
+    in_blocks: it needs tokens in block-major order, with pooled tokens and gates. reads_input: it needs `Tokens.x`, which is
+    not there in blocks. follows_visibility: it obeys the tables, else all frames must see all.
+    """
+
+    in_blocks = False
+    follows_visibility = True
+    reads_input = False
+
+    @abstractmethod
+    def __call__(
+        self,
+        q: Tokens,
+        k: Tokens,
+        v: Tokens,
+        fine: Visible,
+        coarse: Visible,
+        specials: int,
+        top_k: int,
+        layer: Layer = SOME_LAYER,
+    ) -> Tensor:
+        """q.fine: (B, H, T * L, D). k.fine, v.fine: (B, H, N * L, D). fine: of a table (B or 1, T, N), coarse: (B or 1, T, M).
+
+        Returns (B, H, T * L, D).
+        """
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of all queries (B, H, X, D) to all keys (B, H, Y, D), by the library's fastest kernel."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Dense(Strategy):
+    """Softmax attention of every token of a query frame to every token of the frames it may see."""
+
+    def __call__(
+        self,
+        q: Tokens,
+        k: Tokens,
+        v: Tokens,
+        fine: Visible,
+        coarse: Visible,
+        specials: int,
+        top_k: int,
+        layer: Layer = SOME_LAYER,
+    ) -> Tensor:
+        """See `Strategy.__call__`; `coarse`, the pooled tokens and `top_k` are not used."""
+        if layer.unmasked:
+            return unmasked(q.fine, k.fine, v.fine)
+        length = q.fine.shape[2] // fine.table.shape[1]
+        if on_kernels(q.fine):
+            return frame_attention(*(x.fine.unflatten(2, (-1, length)) for x in (q, k, v)), fine)[0].flatten(2, 3)
+        mask = fine.table.repeat_interleave(length, 1).repeat_interleave(length, 2).unsqueeze(1)
+        return F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=mask)
+
+
+class Speed3R(Strategy):
     """Global sparse attention (Speed3R, section 3; the gates as in its released code).
 
-    Pooled queries attend to all pooled tokens they may see (`coarse`: of a table (B or 1, T, M)), which gives the compression
-    output and, per head and query block, the top_k key blocks among the resident frames (`fine`: of a table (B or 1, T, N)).
-    The 16 queries of a block then attend to the tokens of those blocks and to the special tokens of every resident
-    frame. Special queries attend densely. Two independent sigmoid gates add both. Returns (B, H, T * L, D).
+    Pooled queries attend to all pooled tokens they may see, which gives the compression output and, per head and query
+    block, the top_k key blocks among the resident frames. The 16 queries of a block then attend to the tokens of those
+    blocks and to the special tokens of every resident frame. Special queries attend densely. Two independent sigmoid gates
+    add both.
     """
-    begun = begin_selected(q.fine, k.fine, v.fine, fine, specials)
-    compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
-    return selected_attention(q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials, begun=begun)
+
+    in_blocks = True
+
+    def __call__(
+        self,
+        q: Tokens,
+        k: Tokens,
+        v: Tokens,
+        fine: Visible,
+        coarse: Visible,
+        specials: int,
+        top_k: int,
+        layer: Layer = SOME_LAYER,
+    ) -> Tensor:
+        """See `Strategy.__call__`."""
+        begun = begin_selected(q.fine, k.fine, v.fine, fine, specials)
+        compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
+        return selected_attention(q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials, begun=begun)
 
 
-STRATEGIES = {"dense": dense, "speed3r": speed3r}
+dense, speed3r = Dense(), Speed3R()

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK, Slot, normalise_and_rotate, prepare_tokens
 from speed3r_ros.kernels.residual import add_norm
-from speed3r_ros.model.attention import STRATEGIES, Tokens
+from speed3r_ros.model.attention import Tokens
 from speed3r_ros.model.memory import Memory
-from speed3r_ros.model.quantised import Int8Linear
+from speed3r_ros.model.quantised import Fp8Linear, Int8Linear
+from speed3r_ros.model.strategies import strategy_for
 
 NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
 IMAGE_MEAN, IMAGE_STD = 0.45, 0.25
@@ -82,10 +83,10 @@ def rotation_from_6d(x: Tensor) -> Tensor:
     return torch.stack([a, b, torch.linalg.cross(a, b)], -1)
 
 
-def compute_dtype(layer: nn.Linear | Int8Linear) -> torch.dtype:
+def compute_dtype(layer: nn.Linear | Int8Linear | Fp8Linear) -> torch.dtype:
     """What the layer takes: autocast's type while training, else the type that its weights are stored in."""
-    if isinstance(layer, Int8Linear):
-        return torch.float32
+    if not isinstance(layer, nn.Linear):
+        return layer.takes
     device = layer.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
 
@@ -364,15 +365,15 @@ class Network(nn.Module):
 
     def _attend(self, batch: int, fine: Visible, coarse: Visible, attention: str, top_k: int) -> Attend:
         """Attention across the frames of B sequences; queries of B * T frames, keys and values of as many as they have."""
+        strategy = strategy_for(attention, all_visible=False)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, q_g: Tensor, k_g: Tensor, v_g: Tensor, gate: Tensor) -> Tensor:
             frames = len(q) // batch
             q, k, v, q_g, k_g, v_g, gate = (
                 y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for y in (q, k, v, q_g, k_g, v_g, gate)
             )
-            out = STRATEGIES[attention](
-                Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g), fine, coarse, self.config.specials, top_k
-            )
+            tokens = Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g)
+            out = strategy(*tokens, fine, coarse, self.config.specials, top_k)
             return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
 
         return attend

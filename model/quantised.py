@@ -1,9 +1,13 @@
-"""Linear layers in 8 bits, for CPUs that have no bf16."""
+"""Linear layers in 8 bits, for inference: integers for CPUs that have no bf16, FP8 for GPUs that multiply it."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+
+from speed3r_ros.kernels import fp8
 
 
 class Int8Linear(nn.Module):
@@ -13,6 +17,8 @@ class Int8Linear(nn.Module):
     for each output channel. AVX2 adds products in pairs into 16 bits: 2 * 255 * 63 fits, with 8 bits for both it does not,
     and 7 bits for the activations instead cost accuracy (docs/benchmarks.md).
     """
+
+    takes = torch.float32
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -51,3 +57,33 @@ class Int8Linear(nn.Module):
             [],
             "",
         )
+
+
+class Fp8Linear(nn.Module):
+    """`nn.Linear` in E4M3 with scales per output and per token: x (..., in) -> (..., out) in x's type (Lite3R, section 3)."""
+
+    takes = torch.bfloat16
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        values, scale = fp8.quantise_rows(layer.weight.detach())
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Not differentiable."""
+        return fp8.fp8_linear(x, self.values, self.scale, self.bias)
+
+
+def fp8_units(device: torch.device) -> bool:
+    """Whether the device multiplies FP8 in hardware; if not, it warns that bfloat16 is what runs."""
+    able = fp8.on_units(torch.empty(0, device=device))
+    if not able:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device.type!r}"
+        warnings.warn(
+            f"precision fp8: {name} has no FP8 units, bfloat16 runs instead; they come with NVIDIA GPUs of compute "
+            "capability 8.9 and above, move the model there first",
+            stacklevel=4,
+        )
+    return able

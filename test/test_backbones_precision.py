@@ -1,30 +1,15 @@
-"""Official backbones on random weights: bfloat16 products stay near float32, which residual streams and results keep, and
-gradients reach the images' embedding."""
+"""Official backbones on random weights: products in bfloat16 and in FP8 stay near float32, which residual streams and results
+keep, and gradients reach the images' embedding."""
+
+import copy
 
 import pytest
 import torch
+from tiny_backbones import BACKBONES
 
+from speed3r_ros.model.backbones import blocks
 from speed3r_ros.model.backbones.blocks import Block
-from speed3r_ros.model.backbones.da3 import Da3, Da3Config, Da3Mono, Da3Nested
-from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Pi3X, Speed3RPi3
-from speed3r_ros.model.backbones.tracker import TrackerConfig
-from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
-
-PI3 = dict(
-    channels=128, heads=2, encoder_blocks=2, table=5, decoder_blocks=6, head_blocks=2, camera_channels=64,
-    metric_channels=64, metric_heads=2, metric_blocks=1, upsample=(32, 32, 32), last_channels=8,
-)  # fmt: skip
-ANY = Da3Config(128, 2, 6, 2, (2, 3, 4, 5), 32, (8, 8, 8, 8), table=5)
-MONO = Da3Config(128, 2, 4, None, (0, 1, 2, 3), 32, (8, 8, 8, 8), table=5)
-MODELS = {
-    "pi3": lambda: Pi3(Pi3Config(**PI3)),
-    "pi3x": lambda: Pi3X(Pi3Config(**PI3)),
-    "speed3r-pi3": lambda: Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})),
-    "vggt": lambda: Vggt(VggtConfig(128, 2, 2, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3), TrackerConfig(8, 16))),
-    "da3": lambda: Da3(ANY),
-    "da3-mono": lambda: Da3Mono(MONO),
-    "da3-nested": lambda: Da3Nested(ANY, MONO),
-}
+from speed3r_ros.model.quantised import Fp8Linear
 
 
 def example(name):
@@ -35,10 +20,10 @@ def example(name):
         poses = torch.eye(4).repeat(1, 3, 1, 1)
         poses[0, :, 0, 3] = torch.arange(3.0)
         given = dict(depth=1 + torch.rand(1, 3, 56, 112), K=torch.eye(3).expand(1, 3, 3, 3), T_world_cam=poses)
-    return MODELS[name]().eval(), torch.rand(1, 3, 3, 56, 112), given
+    return BACKBONES[name]().eval(), torch.rand(1, 3, 3, 56, 112), given
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_gradients_do_not_depend_on_the_chunks(name):
     model, images, given = example(name)
     weight = next(p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight"))
@@ -50,7 +35,7 @@ def test_gradients_do_not_depend_on_the_chunks(name):
     assert grads[0].abs().max() > 0 and (grads[0] - grads[1]).norm() <= 1e-3 * grads[1].norm()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BACKBONES)
 @torch.inference_mode()
 def test_bfloat16_stays_near_float32(name):
     model, images, given = example(name)
@@ -65,3 +50,43 @@ def test_bfloat16_stays_near_float32(name):
         assert (a is None) == (b is None), field
         if a is not None:
             assert a.dtype == torch.float32 and (a - b).norm() <= 0.02 * b.norm(), field
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.inference_mode()
+def test_fp8_rounds_the_wide_layers_of_the_blocks_and_stays_near_float32(name, monkeypatch):
+    torch.manual_seed(0)
+    model, images = BACKBONES[name]().eval(), torch.rand(1, 3, 3, 56, 112)
+    expected = model(images).depth
+    monkeypatch.setattr(blocks, "fp8_units", lambda device: True)  # products in E4M3 by their definition, on a CPU
+    out = model.precision("fp8")(images).depth
+    assert out.dtype == torch.float32 and 0 < (out - expected).norm() <= 0.03 * expected.norm()
+    layers = {key.rsplit(".", 1)[1] for key, module in model.named_modules() if isinstance(module, Fp8Linear)}
+    assert layers == {"qkv", "fc1", "fc2"}
+    for key, module in model.named_modules():
+        if isinstance(module, Fp8Linear):
+            assert ".attn." in key or ".mlp." in key
+
+
+def test_fp8_layers_multiply_what_rounding_leaves():
+    layer = torch.nn.Linear(48, 20)
+    x = torch.randn(5, 3, 48)
+
+    def rounded(rows):
+        scale = rows.abs().amax(-1, keepdim=True).double() / 448
+        return (rows / scale).to(torch.float8_e4m3fn).double() * scale
+
+    expected = rounded(x) @ rounded(layer.weight.detach()).T + layer.bias.detach()
+    torch.testing.assert_close(Fp8Linear(layer)(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_without_fp8_units_bfloat16_runs_and_one_line_says_so():
+    model, images = BACKBONES["pi3"]().eval(), torch.rand(1, 2, 3, 56, 56)
+    other = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="fp8: device 'cpu' has no FP8 units, bfloat16 runs instead") as warned:
+        out = model.precision("fp8")(images)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert torch.equal(out.depth, other.precision(torch.bfloat16)(images).depth)
+    with pytest.raises(ValueError, match="'fp4': give a torch.dtype or 'fp8'"):
+        other.precision("fp4")

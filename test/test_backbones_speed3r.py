@@ -2,17 +2,20 @@
 through the kernels."""
 
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from speed3r_ros.kernels import coarse, frames, selected
+from speed3r_ros.kernels import coarse, frames, linear_attention, merging, selected
 from speed3r_ros.model import attention as strategies
 from speed3r_ros.model.backbones.blocks import AcrossViews, Block, Layout, block_order
 from speed3r_ros.model.backbones.pi3 import Pi3Config, Speed3RPi3
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
+from speed3r_ros.model.lite3r import add_linear_branch
+from speed3r_ros.model.spark3r import Spark3R
 
 SIZES = dict(channels=128, heads=2, encoder_blocks=2, table=5, head_blocks=2, camera_channels=64)
 
@@ -176,25 +179,34 @@ def test_unknown_strategies_are_refused():
     frames.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs Triton and TRITON_INTERPRET=1 before the start",
 )
-@pytest.mark.parametrize("attention", ["dense", "speed3r"])
-@pytest.mark.parametrize("kind", ["speed3r-pi3", "vggt"])  # without special tokens; with some, and without gates
+@pytest.mark.parametrize(
+    "kind, attention",
+    [
+        ("speed3r-pi3", "speed3r"),  # without special tokens
+        ("vggt", "speed3r"),  # with some, and without gates
+        ("vggt", Spark3R(ratio=3, strides=2, group=2)),
+        ("vggt", "lite3r"),
+        ("streamvggt", "dense"),  # without a mask, dense attention is the library's
+    ],
+)
 @torch.inference_mode()
 def test_kernels_take_the_tokens_of_backbones_as_they_lie_in_memory(kind, attention, monkeypatch):
-    if kind == "vggt":
-        torch.manual_seed(0)
-        model = Vggt(
-            VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0), TrackerConfig(8, 16))
-        ).aggregator
-    else:
+    if kind == "speed3r-pi3":
         model = random_student(dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        whole = Vggt(VggtConfig(128, 2, 1, 5, 1, 4, 1, 4, 32, (8, 8, 8, 8), (0, 0, 0, 0), TrackerConfig(8, 16)))
+        add_linear_branch(whole)
+        model = whole.aggregator
     x = torch.randn(3, 32, 128)
     outputs = []
     for on_kernels in (False, True):
-        for module in (coarse, selected, strategies):
-            monkeypatch.setattr(module, "on_kernels", lambda x, on=on_kernels: on)
-        if kind == "vggt":
-            outputs.append(model(x, 3, (4, 8), (0,), attention, 3)[0])
-        else:
+        asked = Mock(return_value=on_kernels)
+        for module in (coarse, selected, strategies, merging, linear_attention):
+            monkeypatch.setattr(module, "on_kernels", asked)
+        if kind == "speed3r-pi3":
             outputs.append(torch.cat(model.decode(x, 3, (4, 8), attention, 3, 2), -1))
-    assert not torch.equal(*outputs)  # else the kernels did not run
+        else:
+            outputs.append(model(x, 3, (4, 8), (0,), attention, 3, causal=kind == "streamvggt")[0])
+        assert asked.called
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK
-from speed3r_ros.model.attention import STRATEGIES, Tokens
+from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.network import compute_dtype
+from speed3r_ros.model.quantised import Fp8Linear, fp8_units
+from speed3r_ros.model.strategies import strategy_for
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 14
@@ -57,11 +59,25 @@ def by_frames(
     return joined[0] if isinstance(result, Tensor) else joined
 
 
-def set_precision(model: nn.Module, dtype: torch.dtype, keep: tuple[str, ...]) -> None:
-    """Store the weights of linear and convolutional layers as `dtype`, but for those under the prefixes in `keep`."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(keep):
-            module.to(dtype)
+def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, ...]) -> None:
+    """Store the weights of linear and convolutional layers as `dtype`, but for those under the prefixes in `keep`.
+
+    "fp8": bfloat16, and where the GPU multiplies FP8 the blocks' wide layers, to qkv and of the MLP, in E4M3 for inference
+    (Lite3R, section 3); the square projection after attention is slower so (docs/benchmarks.md). Warns where it cannot.
+    ValueError on another name.
+    """
+    if isinstance(dtype, str) and dtype != "fp8":
+        raise ValueError(f"precision {dtype!r}: give a torch.dtype or 'fp8'")
+    eight_bits = dtype == "fp8" and fp8_units(next(model.parameters()).device)
+    for name, module in list(model.named_modules()):
+        if name.startswith(keep):
+            continue
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16 if dtype == "fp8" else dtype)
+        if eight_bits and isinstance(module, Block):
+            module.attn.qkv = Fp8Linear(module.attn.qkv)
+            for part, layer in list(module.mlp.named_children()):
+                setattr(module.mlp, part, Fp8Linear(layer))
 
 
 def patch_grid(height: int, width: int) -> tuple[int, int]:
@@ -97,13 +113,13 @@ def positions(h: int, w: int, specials: int, order: Tensor | None = None, device
 
 
 class Layout:
-    """Order of a view's tokens: special ones, then patches, row by row or, for sparse attention, block by block.
+    """Order of a view's tokens: special ones, then patches, row by row or, for strategies in blocks, block by block.
 
     at: (L, 2) positions of the tokens. ValueError: see `block_order`.
     """
 
-    def __init__(self, grid: tuple[int, int], specials: int, attention: str, device: torch.device) -> None:
-        order = None if attention == "dense" else block_order(*grid, device)
+    def __init__(self, grid: tuple[int, int], specials: int, attention: str | Strategy, device: torch.device) -> None:
+        order = block_order(*grid, device) if strategy_for(attention).in_blocks else None
         self.at = positions(*grid, specials, order, device)
         self._order = self._back = None
         if order is not None:
@@ -263,21 +279,23 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class AcrossViews:
-    """Attention of a block across the views of each sequence, by a strategy chosen by name.
+    """Attention of a block across the views of each sequence, by a strategy.
 
-    views: N. specials: S. attention: see `model.attention.STRATEGIES`; all but `dense` need tokens in block-major order.
-    top_k: blocks that a query block attends to. chunk: frames per turn of everything but the attention. tables, pooled:
-    rotary tables of the tokens and of the blocks. visible: which views a view sees.
+    views: N. specials: S. attention: see `model.strategies`. top_k: blocks that a query block attends to. chunk: frames per
+    turn of everything but the attention. tables, pooled: rotary tables of the tokens and of the blocks. visible: which views
+    a view sees. unmasked: all of them. sensitive: layers that bear few keys badly (Spark3R).
     """
 
     views: int
     specials: int
-    attention: str
+    attention: Strategy
     top_k: int
     chunk: int
     tables: Tables
     pooled: Tables | None
     visible: Visible
+    unmasked: bool
+    sensitive: frozenset[int]
 
     @staticmethod
     def of(
@@ -285,25 +303,25 @@ class AcrossViews:
         specials: int,
         views: int,
         width: int,
-        attention: str,
+        attention: str | Strategy,
         top_k: int,
         chunk: int,
+        sensitive: frozenset[int] = frozenset(),
         rounded: torch.dtype = torch.float32,
         causal: bool = False,
     ) -> AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
         width: of a head. rounded: see `rotary`. causal: a view sees itself and earlier ones, else all. ValueError if there
-        is no such strategy.
+        is no such strategy, or if it cannot do without later views.
         """
-        if attention not in STRATEGIES:
-            raise ValueError(f"attention {attention!r}: choose one of {', '.join(STRATEGIES)}")
-        pooled = None
-        if attention != "dense":
+        strategy, pooled = strategy_for(attention, not causal), None
+        if strategy.in_blocks:
             pooled = rotary(at[specials:].view(-1, BLOCK, 2).sum(1) // BLOCK, width, rounded)
         table = torch.ones(1, views, views, dtype=torch.bool, device=at.device)
         visible = Visible(table.tril() if causal else table)
-        return AcrossViews(views, specials, attention, top_k, chunk, rotary(at, width, rounded), pooled, visible)
+        tables = rotary(at, width, rounded)
+        return AcrossViews(views, specials, strategy, top_k, chunk, tables, pooled, visible, not causal, sensitive)
 
     def sequences(self, x: Tensor) -> Tensor:
         """(F, X, H, D) -> (B, H, N * X, D), a view."""
@@ -317,22 +335,23 @@ class AcrossViews:
             qkv = block.attn.project(h)
             fine = (*block.attn.prepare(qkv, self.tables), qkv[:, :, 2].contiguous())
             if self.pooled is None:
-                return fine
+                return (*fine, h[:, :, None]) if self.attention.reads_input else fine
             high = torch.promote_types(qkv.dtype, torch.float32)
             mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high)
             pooled = (*block.attn.prepare(mean, self.pooled), mean[:, :, 2].contiguous())
             return *fine, *(y.to(qkv.dtype) for y in pooled), block.attn.gates(h)
 
         q, k, v, *rest = map(self.sequences, by_frames(prepare, self.chunk, x))
-        if not rest:
-            return Tokens(q), Tokens(k), Tokens(v)
+        if self.pooled is None:
+            return Tokens(q, x=rest[0][:, 0] if rest else None), Tokens(k), Tokens(v)
         q_pooled, k_pooled, v_pooled, gate = rest
         return Tokens(q, q_pooled, gate), Tokens(k, k_pooled), Tokens(v, v_pooled)
 
-    def __call__(self, block: Block, x: Tensor) -> Tensor:
-        """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded."""
-        attend = STRATEGIES[self.attention]
-        out = attend(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k)
+    def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
+        """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
+        linear = getattr(block.attn, "proj_lin", None)
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear)
+        out = self.attention(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)
 

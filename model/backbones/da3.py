@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -36,6 +37,7 @@ from speed3r_ros.model.backbones.results import (
     rotation_from_quaternion,
     unproject,
 )
+from speed3r_ros.model.spark3r import sensitive_layers
 
 SKY = 0.3  # of the sky output, from which a pixel counts as sky
 REFERENCES = ("saddle_balanced", "middle", "first")
@@ -113,7 +115,7 @@ class Encoder(DinoV2):
         views: int,
         camera: Tensor | None = None,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> tuple[list[Tensor], Tensor | None]:
@@ -133,7 +135,8 @@ class Encoder(DinoV2):
             width = self.config.channels // self.config.heads
             tables = rotary(layout.at, width)
             # across views, all patches stand at the same place
-            across = AcrossViews.of(layout.at.clamp(max=1), 1, views, width, attention, top_k, chunk)
+            sensitive = sensitive_layers("da3", len(self.across_views))
+            across = AcrossViews.of(layout.at.clamp(max=1), 1, views, width, attention, top_k, chunk, sensitive)
         outputs, inside = [], x
         for i, block in enumerate(self.blocks):
             if start is not None and i == start - 1 and camera is None:
@@ -141,7 +144,7 @@ class Encoder(DinoV2):
             if i == start:
                 x[:, 0] = (self._camera_tokens(chosen, views) if camera is None else camera).flatten(0, 1)
             if start is not None and i >= start and i % 2:
-                x = across(block, x)
+                x = across(block, x, i // 2 - start // 2, chosen)
             else:
                 rotated = tables if start is not None and i >= start else None
                 x = by_frames(lambda x, block=block, rotated=rotated: block(x, rotated), chunk, x, out=x)
@@ -149,6 +152,12 @@ class Encoder(DinoV2):
             if i in taps:
                 outputs.append(x.clone() if layout is None else layout.restore(torch.cat([inside, x], -1), chunk))
         return outputs, chosen
+
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        start = self.config.alternate_from
+        return [block for i, block in enumerate(self.blocks) if i >= start and i % 2]
 
     def _camera_tokens(self, chosen: Tensor, views: int) -> Tensor:
         first, others = self.camera_token[0]
@@ -222,7 +231,7 @@ class AnyView(nn.Module):
         K: Tensor | None = None,
         *,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> Reconstruction:
@@ -260,8 +269,13 @@ class Da3(nn.Module):
         super().__init__()
         self.model = AnyView(config)
 
-    def precision(self, dtype: torch.dtype) -> Da3:
-        """Run the products of the encoder in `dtype`; heads and the residual stream stay float32."""
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return self.model.backbone.pretrained.across_views
+
+    def precision(self, dtype: torch.dtype | str) -> Da3:
+        """Run the products of the encoder in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
         set_precision(self.model.backbone, dtype, ())
         return self
 
@@ -272,7 +286,7 @@ class Da3(nn.Module):
         K: Tensor | None = None,
         *,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> Reconstruction:
@@ -280,9 +294,10 @@ class Da3(nn.Module):
 
         T_world_cam (B, N, 4, 4), camera-to-world, and K (B, N, 3, 3) condition the network where known. The poses that
         come back are the network's still: relative to view 0 then, in units of the median distance to it. K has its
-        principal point at (W / 2, H / 2) with pixel centres at integers. reference: see `reference_view`. attention other
-        than dense: sides must be multiples of 56, and there are no trained gates: the selected blocks alone count. chunk:
-        views that all but that attention take at a time. raw: ray (B, N, 8 h, 8 w, 6), direction and origin in the world.
+        principal point at (W / 2, H / 2) with pixel centres at integers. reference: see `reference_view`. attention: see
+        `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
+        selected blocks alone count. chunk: views that all but that attention take at a time. raw: ray (B, N, 8 h, 8 w, 6),
+        direction and origin in the world.
         """
         return self.model(images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk)
 
@@ -332,8 +347,8 @@ class Da3Mono(nn.Module):
         super().__init__()
         self.model, self.metric = Mono(config), metric
 
-    def precision(self, dtype: torch.dtype) -> Da3Mono:
-        """Run the products of the encoder in `dtype`; the head and the residual stream stay float32."""
+    def precision(self, dtype: torch.dtype | str) -> Da3Mono:
+        """Run the products of the encoder in `dtype` (see `set_precision`); the head and the residual stream stay float32."""
         set_precision(self.model.backbone, dtype, ())
         return self
 
@@ -368,8 +383,13 @@ class Da3Nested(nn.Module):
         self.model = nn.Module()
         self.model.da3, self.model.da3_metric = AnyView(config), Mono(mono)
 
-    def precision(self, dtype: torch.dtype) -> Da3Nested:
-        """Run the products of both encoders in `dtype`; heads and residual streams stay float32."""
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return self.model.da3.backbone.pretrained.across_views
+
+    def precision(self, dtype: torch.dtype | str) -> Da3Nested:
+        """Run the products of both encoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
         for network in (self.model.da3, self.model.da3_metric):
             set_precision(network.backbone, dtype, ())
         return self
@@ -381,7 +401,7 @@ class Da3Nested(nn.Module):
         K: Tensor | None = None,
         *,
         reference: str = "saddle_balanced",
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
     ) -> Reconstruction:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -34,6 +35,8 @@ from speed3r_ros.model.backbones.blocks import (
 from speed3r_ros.model.backbones.dpt import view_plane
 from speed3r_ros.model.backbones.results import Reconstruction, invert, rigid
 from speed3r_ros.model.network import compute_dtype
+from speed3r_ros.model.spark3r import sensitive_layers
+from speed3r_ros.model.strategies import strategy_for
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,8 @@ class Pi3(nn.Module):
     def _make_heads(self) -> None:
         self.point_head, self.conf_head = LinearHead(self.config.channels, 3), LinearHead(self.config.channels, 1)
 
-    def precision(self, dtype: torch.dtype) -> Pi3:
-        """Run the products of encoder, decoder and token decoders in `dtype`; heads and residual streams stay float32."""
+    def precision(self, dtype: torch.dtype | str) -> Pi3:
+        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
         set_precision(self, dtype, ("point_head", "conf_head", "camera_head"))
         return self
 
@@ -205,6 +208,11 @@ class Pi3(nn.Module):
     def pairs(self) -> list[tuple[Block, Block]]:
         """Blocks inside frames, each with the block across views that follows it."""
         return list(zip(self.decoder[::2], self.decoder[1::2]))
+
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return [across for _, across in self.pairs]
 
     @property
     def specials(self) -> int:
@@ -229,7 +237,14 @@ class Pi3(nn.Module):
         return self.point_decoder.projects.weight.dtype
 
     def decode(
-        self, x: Tensor, views: int, grid: tuple[int, int], attention: str, top_k: int, chunk: int, inject=None
+        self,
+        x: Tensor,
+        views: int,
+        grid: tuple[int, int],
+        attention: str | Strategy,
+        top_k: int,
+        chunk: int,
+        inject=None,
     ) -> tuple[Tensor, Tensor]:
         """Patch tokens (F, h * w, C) -> outputs of the last two blocks (F, L, C), row-major, registers first.
 
@@ -241,14 +256,15 @@ class Pi3(nn.Module):
         x = layout.arrange(x)
         if x is given:
             x = x.clone()  # the blocks write in its place
-        tables = self._tables(layout.at)
+        tables, sensitive = self._tables(layout.at), sensitive_layers("pi3", len(self.pairs))
+        width = tables[0].shape[-1]
         across = AcrossViews.of(
-            layout.at, self.specials, views, tables[0].shape[-1], attention, top_k, chunk, self._rounded
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded
         )
         for i, (frame, across_views) in enumerate(self.pairs):
             x = by_frames(lambda x, frame=frame: frame(x, tables), chunk, x, out=x)
             last = x.clone() if i == len(self.pairs) - 1 else x
-            x = across(across_views, x)
+            x = across(across_views, x, i)
             if inject:
                 inject(i, x)
         return layout.restore(last, chunk), layout.restore(x, chunk)
@@ -284,7 +300,7 @@ class Pi3(nn.Module):
     max_log_depth = float("inf")
 
     def forward(
-        self, images: Tensor, *, attention: str | None = None, top_k: int = 32, chunk: int = 32
+        self, images: Tensor, *, attention: str | Strategy | None = None, top_k: int = 32, chunk: int = 32
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, up to one scale per sequence.
 
@@ -448,7 +464,7 @@ class Pi3X(Pi3):
         self.point_head = ConvHead(c.channels, c.upsample, c.last_channels, (2, 1))
         self.conf_head = ConvHead(c.channels, c.upsample, c.last_channels, (1,))
 
-    def precision(self, dtype: torch.dtype) -> Pi3X:
+    def precision(self, dtype: torch.dtype | str) -> Pi3X:
         """As `Pi3.precision`; what reads the conditions stays float32 too."""
         keep = ("point_head", "conf_head", "camera_head", "metric_", "depth_encoder", "ray_embed")
         set_precision(self, dtype, keep)
@@ -464,7 +480,7 @@ class Pi3X(Pi3):
         has_depth: Tensor | None = None,
         has_K: Tensor | None = None,
         has_pose: Tensor | None = None,
-        attention: str | None = None,
+        attention: str | Strategy | None = None,
         top_k: int = 32,
         chunk: int = 32,
     ) -> Reconstruction:
@@ -499,8 +515,8 @@ class Pi3X(Pi3):
         has_pose = has_pose & (has_pose.sum(1, keepdim=True) > 1)  # one pose alone says nothing
         inject = None
         if has_pose.any():
-            if attention != "dense":
-                raise ValueError(f"attention {attention!r}: with poses, Pi3X runs with 'dense' only")
+            if strategy_for(attention).in_blocks:
+                raise ValueError(f"attention {attention!r}: with poses, Pi3X runs with 'dense' or 'spark3r' only")
             T = self._normalised(T_world_cam, has_pose, unit, has_depth)
 
             def inject(i: int, x: Tensor) -> None:

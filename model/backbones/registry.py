@@ -14,6 +14,7 @@ from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, find_file, loca
 from speed3r_ros.model.backbones.da3 import BASE, GIANT, LARGE, SMALL, Da3, Da3Mono, Da3Nested
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3X, Speed3RPi3
 from speed3r_ros.model.backbones.vggt import Vggt
+from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.weights import read_safetensors, require_same_shapes
 
 # How to make each in its published size.
@@ -70,8 +71,11 @@ def read(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 def fit(model: nn.Module, state: dict[str, Tensor], path: Path, remedy: str) -> nn.Module:
     """Give `model` the tensors of the checkpoint `path`; ValueError with the first key or shape that differs.
 
-    Keys that begin with one of the model's `UNUSED`, parts that this repository does not run, are passed over.
+    Keys that begin with one of the model's `UNUSED`, parts that this repository does not run, are passed over. Projections of
+    Lite3R's linear branch are taken if the file has them.
     """
+    if any(key.endswith("attn.proj_lin.weight") for key in state):
+        add_linear_branch(model)
     unused = getattr(model, "UNUSED", ())
     state = {key: value.float() for key, value in state.items() if not key.startswith(unused)}
     expected = model.state_dict(keep_vars=True)

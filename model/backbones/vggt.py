@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -34,6 +35,7 @@ from speed3r_ros.model.backbones.results import (
     unproject,
 )
 from speed3r_ros.model.backbones.tracker import TrackerConfig, TrackHead
+from speed3r_ros.model.spark3r import sensitive_layers
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Aggregator(nn.Module):
         views: int,
         grid: tuple[int, int],
         taps: Sequence[int],
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 32,
         causal: bool = False,
@@ -97,15 +99,18 @@ class Aggregator(nn.Module):
         layout = Layout(grid, self.specials, attention, x.device)
         x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, views), x], 1))
         width = self.config.channels // self.config.heads
-        across = AcrossViews.of(layout.at, self.specials, views, width, attention, top_k, chunk, causal=causal)
+        sensitive = sensitive_layers("vggt", len(self.global_blocks))
+        across = AcrossViews.of(
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, causal=causal
+        )
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
             x = by_frames(lambda x, frame=frame: frame(x, across.tables), chunk, x, out=x)
             if i not in taps:
-                x = across(across_views, x)
+                x = across(across_views, x, i)
                 continue
             inside = x.clone()
-            x = across(across_views, x)
+            x = across(across_views, x, i)
             outputs[i] = layout.restore(torch.cat([inside, x], -1), chunk)
         return [outputs[i] for i in taps]
 
@@ -164,8 +169,13 @@ class Vggt(nn.Module):
         self.depth_head = DPT(width, c.features, c.levels, 2, relu_skip=True)
         self.track_head = TrackHead(width, c.levels, c.tracker)
 
-    def precision(self, dtype: torch.dtype) -> Vggt:
-        """Run the products of the aggregator in `dtype`; heads and the residual stream stay float32."""
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views."""
+        return list(self.aggregator.global_blocks)
+
+    def precision(self, dtype: torch.dtype | str) -> Vggt:
+        """Run the products of the aggregator in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
         set_precision(self, dtype, ("camera_head", "point_head", "depth_head", "track_head"))
         return self
 
@@ -174,7 +184,7 @@ class Vggt(nn.Module):
         images: Tensor,
         queries: Tensor | None = None,
         *,
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
         point_head: bool = True,
@@ -184,9 +194,9 @@ class Vggt(nn.Module):
         queries: pixels of the first view (B, Q, 2), x then y, to follow through the others; `raw` then has track (B, N, Q,
         2), track_vis and track_conf (B, N, Q). Points are the depth unprojected, which its authors found better than the
         point head's; that one is only in `raw` (in the world's frame), and left out if `point_head` is False. K has its
-        principal point at (W / 2, H / 2) with pixel centres at integers, as in the official code. attention other than dense:
-        sides must be multiples of 56, and there are no trained gates: the selected blocks alone count. chunk: views that all
-        but that attention take at a time.
+        principal point at (W / 2, H / 2) with pixel centres at integers, as in the official code. attention: see
+        `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
+        selected blocks alone count. chunk: views that all but that attention take at a time.
         """
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
         grid = patch_grid(*size)

@@ -1,0 +1,162 @@
+"""Attention strategies on the official backbones: time of the whole network, memory, and how far outputs move.
+
+    python benchmarks/strategies.py                                    # on a GPU with 139 GiB; about half an hour
+    python benchmarks/strategies.py --backbones pi3 --strategies dense spark3r --views 256
+    python benchmarks/strategies.py --tiny                             # on a CPU in seconds, to see that it runs
+
+Published sizes, from images to points and poses; bf16, or `--precision fp8`. Dense attention is the library's fastest, cuDNN's.
+Differences are those of the outputs from dense attention's in the same run. Unless `--checkpoint` is given, weights are
+random (one seed, LayerScale 0.3 so that blocks matter): then the differences say that a strategy is an approximation of dense
+attention and how close, but nothing about accuracy. Views are crops of one random texture, 8 pixels apart. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speed3r_ros.model.attention import Strategy
+from speed3r_ros.model.backbones.blocks import LayerScale
+from speed3r_ros.model.backbones.da3 import Da3, Da3Config
+from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
+from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone
+from speed3r_ros.model.backbones.results import Reconstruction
+from speed3r_ros.model.backbones.tracker import TrackerConfig
+from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
+from speed3r_ros.model.lite3r import Lite3R, add_linear_branch
+from speed3r_ros.model.spark3r import Spark3R
+from speed3r_ros.model.strategies import STRATEGIES
+
+OPTIONS: dict[str, Strategy] = STRATEGIES | {
+    "spark3r-stagger": Spark3R(stagger=True),
+    "spark3r-keys": Spark3R(similarity="keys"),
+    "lite3r-tokens": Lite3R("tokens"),
+    "lite3r-dense": Lite3R("dense"),
+}
+TINY = {
+    "pi3": lambda: Pi3(Pi3Config(128, 2, 1, 5, 4, 5, 1, 64)),
+    "vggt-1b": lambda: Vggt(VggtConfig(128, 2, 1, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3), TrackerConfig(8, 16))),
+    "da3-large": lambda: Da3(Da3Config(128, 2, 6, 2, (2, 3, 4, 5), 32, (8, 8, 8, 8), table=5)),
+}
+PATIENCE = 40.0  # seconds; once its runs have taken so long, a configuration is not repeated
+
+
+def make(name: str, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The backbone on the device, in the run's precision, with projections for Lite3R."""
+    torch.manual_seed(0)
+    if args.checkpoint:
+        model = load_backbone(name, args.checkpoint).to(device)
+    else:
+        model = TINY[name]().eval() if args.tiny else build_backbone(name, device)
+        for scale in (m for m in model.modules() if isinstance(m, LayerScale)):
+            nn.init.constant_(scale.gamma, 0.3)
+    if not hasattr(model.across_views[0].attn, "proj_lin"):
+        add_linear_branch(model)
+    return model.precision({"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": "fp8"}[args.precision])
+
+
+def sequence(views: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Images (1, N, 3, H, W) of a camera that slides along a plane."""
+    wide = width + 8 * (views - 1)
+    coarse = torch.rand(1, 3, height // 7, wide // 7, generator=torch.Generator().manual_seed(0))
+    plane = F.interpolate(coarse.to(device), (height, wide), mode="bicubic").clamp(0, 1)[0]
+    return torch.stack([plane[:, :, 8 * t : 8 * t + width] for t in range(views)])[None]
+
+
+def seconds_and_peak(model: nn.Module, images: Tensor, strategy: Strategy) -> tuple[float, float, Reconstruction]:
+    """Seconds of the fastest of up to three runs, GiB allocated at its worst (0 on a CPU), and its output."""
+    on_gpu, times = images.is_cuda, []
+    while True:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = model(images, attention=strategy)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        if len(times) == 3 or sum(times) > PATIENCE:
+            return min(times), peak, out
+        del out
+
+
+def compared(out: Reconstruction) -> tuple[Tensor, Tensor]:
+    """Depth (N, H, W), every 7th pixel, and rotations from view 0 (N, 3, 3), on the host."""
+    R = out.T_world_cam[0, :, :3, :3]
+    return out.depth[0, :, ::7, ::7].float().cpu(), (R[0].mT @ R).double().cpu()
+
+
+def differences(out: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor], trained: bool) -> str:
+    """Cells: median and 95th percentile of |log depth ratio|, median angle between rotations in degrees.
+
+    Untrained heads give quaternions near zero, whose angles mean nothing: then there is no angle.
+    """
+    log_ratio = (out[0] / dense[0]).log().abs().flatten()
+    chord = (out[1] - dense[1]).flatten(1).norm(dim=1)  # = 2 sqrt(2) sin(angle / 2)
+    angle = 2 * torch.rad2deg(torch.asin((chord / 8**0.5).clamp(max=1)))
+    p95 = log_ratio.kthvalue(max(1, int(0.95 * len(log_ratio)))).values
+    return f"{log_ratio.median():.1e} | {p95:.1e} | {f'{angle.median():.3f}' if trained else '–'}"
+
+
+def row(model: nn.Module, images: Tensor, name: str, base: tuple | None, trained: bool) -> tuple[str, tuple | None]:
+    """Cells of a configuration, and its seconds and output for the rows below."""
+    try:
+        seconds, peak, out = seconds_and_peak(model, images, OPTIONS[name])
+        result = seconds, compared(out)
+    except torch.OutOfMemoryError:
+        return "out of memory | – | – | – | – | –", None
+    except ValueError as refusal:
+        return f"{refusal} | – | – | – | – | –", None
+    moved = differences(result[1], base[1], trained) if base else "– | – | –"
+    times = f"{base[0] / seconds:.2f}" if base else "–"
+    return f"{seconds:.3f} | {times} | {peak:.1f} | {moved}", result
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Command-line entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", default=["pi3", "vggt-1b", "da3-large"], choices=BACKBONES)
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=OPTIONS)
+    parser.add_argument("--views", type=int, nargs="+", default=[32, 128, 256, 512, 1024])
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(392, 504), help="height and width, multiples of 56 pixels"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
+    parser.add_argument("--checkpoint", help="published weights of the one backbone that is named")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    if args.checkpoint and len(args.backbones) > 1:
+        parser.error("--checkpoint is of one backbone: name it in --backbones")
+    if args.tiny:
+        args.views, args.size, args.precision = [4, 101], (56, 56), "fp32"
+    device = torch.device("cpu" if args.tiny else "cuda")
+    name = "CPU" if args.tiny else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, {args.precision}, {args.size[1]} x {args.size[0]} pixels")
+    for backbone in args.backbones:
+        model = make(backbone, args, device)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"\n### {backbone}, {'trained' if args.checkpoint else 'random'} weights, {millions:.0f} M parameters\n")
+        print("| views | attention | s | times dense | peak, GiB | depth differs, median | p95 | rotation, deg |")
+        print("|---|---|---|---|---|---|---|---|")
+        for views in args.views:
+            images, base = sequence(views, *args.size, device), None
+            for strategy in sorted(args.strategies, key=lambda name: name != "dense"):
+                cells, result = row(model, images, strategy, base, bool(args.checkpoint))
+                base = result if strategy == "dense" else base
+                print(f"| {views} | {strategy} | {cells} |", flush=True)
+                gc.collect()
+                if not args.tiny:
+                    torch.cuda.empty_cache()
+        del model, images
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
