@@ -133,6 +133,17 @@ def test_by_name_it_takes_any_sides_and_number_of_views(name, views):
 
 
 @torch.inference_mode()
+def test_known_poses_go_with_it():
+    model, x, poses = tiny_backbone("pi3x"), torch.rand(1, 4, 3, 42, 56), torch.eye(4).repeat(1, 4, 1, 1)
+    poses[0, :, 0, 3] = torch.arange(4.0)
+    dense = model(x, T_world_cam=poses).depth
+    assert torch.equal(model(x, T_world_cam=poses, attention=NO_REDUCTION).depth, dense)
+    assert not torch.equal(model(x, T_world_cam=poses, attention="spark3r").depth, dense)
+    with pytest.raises(ValueError, match="'speed3r': with poses, Pi3X runs with 'dense' or 'spark3r' only"):
+        model(torch.rand(1, 4, 3, 56, 56), T_world_cam=poses, attention="speed3r")
+
+
+@torch.inference_mode()
 def test_views_of_one_kind_may_change_places():
     """Pi3 has no reference view: only which views keep their keys tells views apart."""
     model, strategy = tiny_backbone("pi3").double(), Spark3R(ratio=1, strides=2)
