@@ -91,9 +91,11 @@ def compute_dtype(layer: nn.Linear | Int8Linear | Fp8Linear) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
 
 
-def norm_sum(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x + branch, and its layer norm as `dtype`, (..., C) each; without a branch x itself."""
-    return add_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)
+def norm_sum(
+    norm: nn.LayerNorm, x: Tensor, branch: Tensor | None, dtype: torch.dtype, gamma: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + gamma * branch, and its layer norm as `dtype`, (..., C) each; without a branch x itself. gamma: (C,), None for 1."""
+    return add_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype, gamma)
 
 
 class Block(nn.Module):

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
-from speed3r_ros.kernels.qkv import BLOCK
+from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
-from speed3r_ros.model.network import compute_dtype
+from speed3r_ros.model.network import compute_dtype, norm_sum
 from speed3r_ros.model.quantised import Fp8Linear, fp8_units
 from speed3r_ros.model.strategies import strategy_for
 
@@ -55,7 +55,9 @@ def by_frames(
         if joined is None:
             joined = tuple(torch.empty(frames, *x.shape[1:], dtype=x.dtype, device=x.device) for x in parts)
         for whole, part in zip(joined, parts):
-            whole[first : first + chunk] = part
+            place = whole[first : first + chunk]
+            if part.data_ptr() != place.data_ptr():  # it may have been written there
+                place.copy_(part)
     return joined[0] if isinstance(result, Tensor) else joined
 
 
@@ -199,7 +201,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, qk_eps: float | None, gated: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.qk_eps = heads, qk_eps
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         norms = [nn.Identity() if qk_eps is None else nn.LayerNorm(channels // heads, qk_eps) for _ in range(2)]
         self.q_norm, self.k_norm = norms
@@ -213,27 +215,33 @@ class Attention(nn.Module):
         """Normalised input (F, L, C) -> raw qkv (F, L, 3, H, D)."""
         return self.qkv(h.to(compute_dtype(self.qkv))).unflatten(-1, (3, self.heads, -1))
 
-    def prepare(self, qkv: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor]:
-        """Raw qkv (F, X, 3, H, D) -> normalised, rotated q, k (F, X, H, D); arithmetic in float32 or finer."""
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
-        if isinstance(self.q_norm, nn.LayerNorm):
-            weight = self.q_norm.weight.dtype
-            q, k = self.q_norm(q.to(weight)), self.k_norm(k.to(weight))
-        if tables is not None:
-            q, k = rotate(q, tables), rotate(k, tables)
-        return q.to(qkv.dtype), k.to(qkv.dtype)
+    def norms(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Weight and bias (2, D) of the norm of queries and of that of keys, if they have one."""
+        if isinstance(self.q_norm, nn.Identity):
+            return None, None
+        return tuple(torch.stack([norm.weight, norm.bias]) for norm in (self.q_norm, self.k_norm))
+
+    def prepare(self, qkv: Tensor, tables: Tables | None) -> tuple[Tensor, ...]:
+        """Raw qkv (F, X, 3, H, D), given up -> normalised, rotated q, k and plain v (F, H, X, D), strided views."""
+        if tables is None and self.qk_eps is None:
+            return qkv.permute(2, 0, 3, 1, 4).unbind()
+        return normalise_and_rotate(qkv, *self.norms(), *(tables or (None, None)), self.qk_eps or 0.0)
+
+    def prepare_in_blocks(self, qkv: Tensor, tables: Tables, pooled: Tables, specials: int) -> tuple[Tensor, ...]:
+        """The same and, for the means of each block, pooled q, k, v (F, H, G, D)."""
+        return prepare_tokens(qkv, *self.norms(), *tables, *pooled, specials, eps=self.qk_eps or 0.0)
 
     def gates(self, h: Tensor) -> Tensor:
-        """Normalised input (F, L, C) -> gates of the compressed and of the selected output (F, L, H, 2).
+        """Normalised input (F, L, C) -> gates of the compressed and of the selected output (F, H, L, 2).
 
         A block without gates takes the selected output alone.
         """
         if not hasattr(self, "gate"):
             open_one = torch.tensor([0.0, 1.0], device=h.device, dtype=compute_dtype(self.qkv))
-            return open_one.expand(*h.shape[:2], self.heads, 2)
+            return open_one.expand(len(h), self.heads, h.shape[1], 2)
         gate = self.gate(h.to(compute_dtype(self.gate[0])))
         high = torch.promote_types(gate.dtype, torch.float32)
-        return gate.to(high).sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2))
+        return gate.to(high).sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -262,15 +270,22 @@ class Block(nn.Module):
             self.mlp = Mlp(channels, 4 * channels)
         self.ls1, self.ls2 = (nn.Identity() if scale is None else LayerScale(channels, scale) for _ in range(2))
 
-    def before(self, x: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, x: Tensor, tables: Tables | None) -> tuple[Tensor, ...]:
         """Input (F, L, C) -> q, k, v (F, H, L, D)."""
-        qkv = self.attn.project(self.norm1(x))
-        return *(y.transpose(1, 2) for y in self.attn.prepare(qkv, tables)), qkv[:, :, 2].transpose(1, 2)
+        return self.attn.prepare(self.attn.project(self.norm_first(x)), tables)
+
+    def norm_first(self, x: Tensor) -> Tensor:
+        """(F, L, C) -> (F, L, C) in the type of the matrix products."""
+        return norm_sum(self.norm1, x, None, compute_dtype(self.attn.qkv))[1]
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C)."""
-        x = x + self.ls1(self.attn.proj(attended.transpose(1, 2).flatten(2)))
-        return x + self.ls2(self.mlp(self.norm2(x).to(attended.dtype)))
+        """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C), over x where no gradients are recorded."""
+        branch = self.attn.proj(attended.transpose(1, 2).flatten(2))
+        total, h = norm_sum(self.norm2, x, branch, attended.dtype, getattr(self.ls1, "gamma", None))
+        branch, out = self.mlp(h), None if torch.is_grad_enabled() else x
+        if isinstance(self.ls2, LayerScale):
+            return torch.addcmul(total, branch, self.ls2.gamma, out=out)
+        return torch.add(total, branch, out=out)
 
     def forward(self, x: Tensor, tables: Tables | None = None, mask: Tensor | None = None) -> Tensor:
         """Attention inside each frame: (F, L, C) -> (F, L, C). mask: (L, L) bool, which keys a query sees."""
@@ -324,27 +339,19 @@ class AcrossViews:
         return AcrossViews(views, specials, strategy, top_k, chunk, tables, pooled, visible, not causal, sensitive)
 
     def sequences(self, x: Tensor) -> Tensor:
-        """(F, X, H, D) -> (B, H, N * X, D), a view."""
-        return x.unflatten(0, (-1, self.views)).flatten(1, 2).transpose(1, 2)
+        """(F, H, X, D) -> (B, H, N * X, D), a view."""
+        return x.unflatten(0, (-1, self.views)).transpose(1, 2).flatten(2, 3)
 
     def before(self, block: Block, x: Tensor) -> tuple[Tokens, Tokens, Tokens]:
         """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
-
-        def prepare(x: Tensor) -> tuple[Tensor, ...]:
-            h = block.norm1(x).to(compute_dtype(block.attn.qkv))
-            qkv = block.attn.project(h)
-            fine = (*block.attn.prepare(qkv, self.tables), qkv[:, :, 2].contiguous())
-            if self.pooled is None:
-                return (*fine, h[:, :, None]) if self.attention.reads_input else fine
-            high = torch.promote_types(qkv.dtype, torch.float32)
-            mean = qkv[:, self.specials :].unflatten(1, (-1, BLOCK)).mean(2, dtype=high)
-            pooled = (*block.attn.prepare(mean, self.pooled), mean[:, :, 2].contiguous())
-            return *fine, *(y.to(qkv.dtype) for y in pooled), block.attn.gates(h)
-
-        q, k, v, *rest = map(self.sequences, by_frames(prepare, self.chunk, x))
+        h = block.norm_first(x)
+        qkv = block.attn.project(h)
         if self.pooled is None:
-            return Tokens(q, x=rest[0][:, 0] if rest else None), Tokens(k), Tokens(v)
-        q_pooled, k_pooled, v_pooled, gate = rest
+            q, k, v = map(self.sequences, block.attn.prepare(qkv, self.tables))
+            given = h.unflatten(0, (-1, self.views)).flatten(1, 2) if self.attention.reads_input else None
+            return Tokens(q, x=given), Tokens(k), Tokens(v)
+        tokens = block.attn.prepare_in_blocks(qkv, self.tables, self.pooled, self.specials)
+        q, k, v, q_pooled, k_pooled, v_pooled, gate = map(self.sequences, (*tokens, block.attn.gates(h)))
         return Tokens(q, q_pooled, gate), Tokens(k, k_pooled), Tokens(v, v_pooled)
 
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:

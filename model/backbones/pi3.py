@@ -431,12 +431,11 @@ class PoseBlock(Block):
         angle = (positions(*grid, 0, None, x.device) - 1).flip(1)[..., None] * rate
         T_cam_world = invert(T_world_cam)
         q, k, v = (
-            self.transform(y.to(T_world_cam.dtype), matrix, angle).to(qkv.dtype).flatten(0, 1).transpose(0, 1)[None]
-            for y, matrix in zip(
-                (*self.attn.prepare(qkv, None), qkv[:, :, 2]), (T_cam_world.mT, T_world_cam, T_world_cam)
-            )
+            self.transform(y.transpose(1, 2).to(T_world_cam.dtype), matrix, angle).flatten(0, 1).transpose(0, 1)[None]
+            for y, matrix in zip(self.attn.prepare(qkv, None), (T_cam_world.mT, T_world_cam, T_world_cam))
         )
-        out = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).unflatten(0, (len(x), -1))
+        out = F.scaled_dot_product_attention(*(y.to(qkv.dtype) for y in (q, k, v)))
+        out = out[0].transpose(0, 1).unflatten(0, (len(x), -1))
         out = self.transform(out.to(T_world_cam.dtype), T_cam_world, -angle).flatten(2).to(qkv.dtype)
         return self.ls1(self.attn.proj(out)) + self.ls2(self.mlp(self.norm2(x).to(qkv.dtype)))
 
