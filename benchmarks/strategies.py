@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import LayerScale
 from speed3r_ros.model.backbones.da3 import Da3, Da3Config
-from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
+from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Speed3RPi3
 from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.backbones.tracker import TrackerConfig
@@ -40,6 +40,7 @@ OPTIONS: dict[str, Strategy] = STRATEGIES | {
 }
 TINY = {
     "pi3": lambda: Pi3(Pi3Config(128, 2, 1, 5, 4, 5, 1, 64)),
+    "speed3r-pi3": lambda: Speed3RPi3(Pi3Config(128, 2, 1, 5, 4, 0, 1, 64)),
     "vggt-1b": lambda: Vggt(VggtConfig(128, 2, 1, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3), TrackerConfig(8, 16))),
     "da3-large": lambda: Da3(Da3Config(128, 2, 6, 2, (2, 3, 4, 5), 32, (8, 8, 8, 8), table=5)),
 }

@@ -181,7 +181,7 @@ if triton is not None:
         total = tl.zeros([COLUMNS], tl.float32)
         for first in range(begin, end, STEP):
             i = first + tl.arange(0, STEP)
-            token = tl.load(order + b * N + i, mask=i < end, other=0)
+            token = tl.load(order + b * N + i, mask=i < end, other=0).to(tl.int64)
             value = tl.load(x[None, :] + token[:, None] * x_n, mask=(i < end)[:, None] & inside[None, :], other=0.0)
             total += tl.sum(value.to(tl.float32), 0)
         mean = total / tl.maximum(end - begin, 1).to(tl.float32)

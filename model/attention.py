@@ -91,6 +91,9 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of all queries (B, H, X, D) to all keys (B, H, Y, D), by the library's fastest kernel."""
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (
+        x if x.shape[2] * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v)
+    )  # offsets of 32 bits suffice
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v)
