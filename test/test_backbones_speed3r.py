@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speed3r_ros.kernels import coarse, frames, linear_attention, merging, qkv, residual, selected
+from speed3r_ros.kernels import coarse, frames, linear_attention, merging, qkv, selected
 from speed3r_ros.model import attention as strategies
 from speed3r_ros.model.backbones.blocks import AcrossViews, Block, Layout, block_order
 from speed3r_ros.model.backbones.pi3 import Pi3Config, Speed3RPi3
@@ -202,7 +202,7 @@ def test_kernels_take_the_tokens_of_backbones_as_they_lie_in_memory(kind, attent
     outputs = []
     for on_kernels in (False, True):
         asked = Mock(return_value=on_kernels)
-        for module in (coarse, selected, strategies, merging, linear_attention, qkv, residual):
+        for module in (coarse, selected, strategies, merging, linear_attention, qkv):
             monkeypatch.setattr(module, "on_kernels", asked)
         if kind == "speed3r-pi3":
             outputs.append(torch.cat(model.decode(x, 3, (4, 8), attention, 3, 2), -1))
