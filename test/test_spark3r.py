@@ -117,7 +117,7 @@ def test_mild_reduction_changes_little_and_strong_reduction_more(name):
         out = model(x, attention=strategy).depth
         assert out.isfinite().all()
         changes.append(float((out - dense).norm() / dense.norm()))
-    assert 1e-7 < max(changes[:2]) < 0.05 and changes[2] > min(changes[:2])
+    assert 1e-7 < max(changes[:2]) < 0.03 and changes[2] > min(changes[:2])
 
 
 @pytest.mark.parametrize("name", ACROSS_VIEWS)
