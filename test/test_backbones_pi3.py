@@ -66,6 +66,24 @@ def test_pi3x_passes_over_a_lone_pose():
     torch.testing.assert_close(lone.points, model(images(*VIEWS)).points, rtol=0, atol=0)
 
 
+@torch.inference_mode()
+def test_pi3x_passes_over_what_is_unknown():
+    model, (depth, K, T_world_cam) = golden_model(Pi3X, "pi3x_tiny", 12), conditions(*VIEWS)
+    x, has = images(*VIEWS), views(1, 0, 1)
+    depth = depth.clone()
+    depth[:, 1] = 0
+    for unknown in (torch.nan, torch.inf, -1.0):
+        other_depth, other_K, other_T = depth.clone(), K.clone(), T_world_cam.clone()
+        other_depth[:, 1], other_K[:, 1], other_T[:, 1] = unknown, 0, torch.nan
+        outputs = (
+            model(x, *given, has_depth=has, has_K=has, has_pose=has)
+            for given in ((depth, K, T_world_cam), (other_depth, other_K, other_T))
+        )
+        torch.testing.assert_close(*(out.points for out in outputs), rtol=0, atol=0)
+    nowhere = model(x, depth=torch.zeros_like(depth), T_world_cam=T_world_cam)
+    torch.testing.assert_close(nowhere.points, model(x, T_world_cam=T_world_cam).points, rtol=0, atol=0)
+
+
 def test_wrong_sizes_are_refused():
     model = golden_model(Pi3, "pi3_tiny", 6)
     with pytest.raises(ValueError, match="60 x 56: sides must be multiples of 14, resize to 56 x 56"):

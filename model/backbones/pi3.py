@@ -485,9 +485,10 @@ class Pi3X(Pi3):
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, approximately in metres.
 
-        depth: (B, N, H, W) along the optical axis, <= 0 where unknown; K: (B, N, 3, 3) in pixels, whose centres are at half
-        integers here; T_world_cam: (B, N, 4, 4) camera-to-world in the units of depth. has_*: (B, N) bool, which views have
-        them, by default all. The rest as in `Pi3.forward`.
+        depth: (B, N, H, W) along the optical axis, <= 0 or not finite where unknown; K: (B, N, 3, 3) in pixels, whose centres
+        are at half integers here; T_world_cam: (B, N, 4, 4) camera-to-world in the units of depth. has_*: (B, N) bool, which
+        views have them, by default all; as in the official code, all known depths count in a sequence's unit, also those of
+        views that are said to have none. The rest as in `Pi3.forward`.
         """
         (b, views), size = images.shape[:2], images.shape[3:]
         grid = patch_grid(*size)
@@ -500,11 +501,14 @@ class Pi3X(Pi3):
         has_depth, has_K, has_pose = given(depth, has_depth), given(K, has_K), given(T_world_cam, has_pose)
         unit = None
         if depth is not None:
-            valid = (depth > 0).to(depth.dtype)
-            unit = (depth * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3)).clamp(min=1)
-            pair = torch.stack([depth * valid / unit[:, None, None, None], valid], 2).flatten(0, 1)
+            valid = (depth > 0) & depth.isfinite()
+            has_depth = has_depth & valid.flatten(1).any(1, keepdim=True)  # else there is no unit
+            known, count = depth.where(valid, 0), valid.sum((1, 2, 3))
+            unit = torch.where(count > 0, known.sum((1, 2, 3)) / count, 1)
+            pair = torch.stack([known / unit[:, None, None, None], valid.to(depth.dtype)], 2).flatten(0, 1)
             x = x + (by_frames(self.depth_encoder, chunk, pair) + self.depth_emb) * has_depth.flatten()[:, None, None]
         if K is not None:
+            K = K.where(has_K[..., None, None], torch.eye(3, dtype=K.dtype, device=K.device))  # no NaN of absent ones
             v, u = torch.meshgrid(*(torch.arange(n, device=x.device) + 0.5 for n in size), indexing="ij")
             fx, fy, cx, cy = (K[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
             rays = torch.stack([(u - cx) / fx, (v - cy) / fy], 2).flatten(0, 1)
