@@ -52,6 +52,7 @@ class Spark3R(Strategy):
     ratio: r_Q, by default `query_ratio` of the views. strides: r_KV of every layer, or one for each, instead of the rule:
     `key_stride` of the views, times `factor` in layers that are not sensitive. sensitive: numbers of layers, by default the
     backbone's. group: consecutive views whose queries are merged. similarity: input or keys. stagger: see the module's text.
+    ValueError on options that make no sense.
     """
 
     ratio: int | None = None
@@ -63,16 +64,28 @@ class Spark3R(Strategy):
     stagger: bool = False
 
     follows_visibility = False
-    reads_input = True
 
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"similarity {self.similarity!r}: choose one of {', '.join(SIMILARITIES)}")
+        strides = (self.strides,) if self.strides is None or isinstance(self.strides, int) else self.strides
+        for name, values in (("ratio", (self.ratio,)), ("strides", strides), ("factor", (self.factor,))):
+            if any(value is not None and value < 1 for value in values):
+                raise ValueError(f"{name} {getattr(self, name)!r}: must be at least 1")
+
+    @property
+    def reads_input(self) -> bool:
+        """See `Strategy`."""
+        return self.similarity == "input"
 
     def stride(self, views: int, layer: Layer) -> int:
-        """r_KV."""
+        """r_KV. ValueError if `strides` ends before the layer."""
+        if isinstance(self.strides, int):
+            return self.strides
         if self.strides is not None:
-            return self.strides if isinstance(self.strides, int) else self.strides[layer.number]
+            if layer.number >= len(self.strides):
+                raise ValueError(f"{len(self.strides)} strides, but the network has more layers: give one for each")
+            return self.strides[layer.number]
         sensitive = layer.sensitive if self.sensitive is None else layer.number in self.sensitive
         return key_stride(views) * (1 if sensitive else self.factor)
 

@@ -84,3 +84,10 @@ def test_selecting_all_blocks_equals_dense_attention():
     torch.testing.assert_close(sparse.depth, dense.depth, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sparse.T_world_cam, dense.T_world_cam, rtol=1e-4, atol=1e-4)
     assert (model(x, attention="speed3r", top_k=1).depth - dense.depth).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_images_too_small_for_the_tracker_are_refused():
+    model = golden_model()  # 4 levels
+    with pytest.raises(ValueError, match="tracks need images of at least 16 pixels"):
+        model(images(2, 14, 28), torch.ones(1, 1, 2))

@@ -180,6 +180,11 @@ def test_gradients_and_unknown_options_are_refused():
         tiny_backbone("vggt")(torch.rand(1, 2, 3, 56, 56), attention="spark3r")
     with pytest.raises(ValueError, match="'queries': choose one of input, keys"):
         Spark3R(similarity="queries")
+    for options in (dict(ratio=0), dict(strides=-2), dict(strides=[2, 0]), dict(factor=0)):
+        with pytest.raises(ValueError, match=rf"{next(iter(options))} .*: must be at least 1"):
+            Spark3R(**options)
+    with torch.inference_mode(), pytest.raises(ValueError, match="3 strides, but the network has more layers"):
+        tiny_backbone("vggt")(torch.rand(1, 2, 3, 56, 56), attention=Spark3R(strides=[1, 2, 3]))
 
 
 def test_the_probe_names_the_layers_that_bear_no_long_stride():

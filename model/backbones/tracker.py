@@ -152,8 +152,11 @@ class Refiner(nn.Module):
         return sample(table.expand(len(at), -1, -1, -1), at[:, :, None], "border")[:, :, 0]
 
     def forward(self, maps: Tensor, queries: Tensor, iterations: int) -> Tracks:
-        """Feature maps (B, N, C, h, w), pixels of the first view (B, Q, 2)."""
+        """Feature maps (B, N, C, h, w), pixels of the first view (B, Q, 2). ValueError if the maps have too few levels."""
         b, views = maps.shape[:2]
+        least = 2 ** (self.config.levels - 1)
+        if min(maps.shape[3:]) < least:
+            raise ValueError(f"tracks need images of at least {STRIDE * least} pixels on each side")
         maps = self.fmap_norm(maps.movedim(2, -1)).movedim(-1, 2)
         first = queries / STRIDE
         pyramid = [maps.flatten(0, 1)]
