@@ -90,3 +90,5 @@ def test_wrong_sizes_are_refused():
         model(images(1, 60, 56))
     with pytest.raises(ValueError, match="multiples of 4, images of 56"):
         model(images(1, 56, 84), attention="speed3r")
+    with pytest.raises(ValueError, match="chunk 0: must be at least 1"):
+        model(images(1, 56, 84), chunk=0)

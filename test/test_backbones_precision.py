@@ -65,6 +65,9 @@ def test_fp8_rounds_the_wide_layers_of_the_blocks_and_stays_near_float32(name, m
     for key, module in model.named_modules():
         if isinstance(module, Fp8Linear):
             assert ".attn." in key or ".mlp." in key
+    for dtype in ("fp8", torch.float32):
+        with pytest.raises(ValueError, match="in 8 bits already and cannot go back; load the model anew"):
+            model.precision(dtype)
 
 
 def test_fp8_layers_multiply_what_rounding_leaves():

@@ -39,8 +39,11 @@ def by_frames(
 ) -> Tensor | tuple[Tensor, ...]:
     """`function` of tensors (F, ...), `chunk` frames at a time, so that its temporary memory does not grow with F.
 
-    out: where to write a single result, maybe the first input itself; ignored while gradients are recorded.
+    out: where to write a single result, maybe the first input itself; ignored while gradients are recorded. ValueError on a
+    chunk below 1.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk {chunk}: must be at least 1")
     frames = len(inputs[0])
     recording = torch.is_grad_enabled()
     if frames <= chunk and (out is None or recording):
@@ -66,10 +69,12 @@ def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, .
 
     "fp8": bfloat16, and where the GPU multiplies FP8 the blocks' wide layers, to qkv and of the MLP, in E4M3 for inference
     (Lite3R, section 3); the square projection after attention is slower so (docs/benchmarks.md). Warns where it cannot.
-    ValueError on another name.
+    ValueError on another name, and on a model whose weights are in 8 bits already.
     """
     if isinstance(dtype, str) and dtype != "fp8":
         raise ValueError(f"precision {dtype!r}: give a torch.dtype or 'fp8'")
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        raise ValueError(f"precision {dtype}: the weights are in 8 bits already and cannot go back; load the model anew")
     eight_bits = dtype == "fp8" and fp8_units(next(model.parameters()).device)
     for name, module in list(model.named_modules()):
         if name.startswith(keep):
@@ -288,7 +293,10 @@ class Block(nn.Module):
         return torch.add(total, branch, out=out)
 
     def forward(self, x: Tensor, tables: Tables | None = None, mask: Tensor | None = None) -> Tensor:
-        """Attention inside each frame: (F, L, C) -> (F, L, C). mask: (L, L) bool, which keys a query sees."""
+        """Attention inside each frame: (F, L, C) -> (F, L, C), over x where no gradients are recorded.
+
+        mask: (L, L) bool, which keys a query sees.
+        """
         return self.after(x, F.scaled_dot_product_attention(*self.before(x, tables), attn_mask=mask))
 
 
