@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
@@ -26,7 +27,7 @@ def locate(name: str) -> Path:
     Raises ValueError when neither exists.
     """
     package = Path(__file__).absolute().parent.parent
-    places = [Path(name).expanduser(), package / "weights" / name]
+    places = [Path(os.path.expanduser(name)), package / "weights" / name]
     for place in places:
         if any(place.glob("*.safetensors")):
             return place

@@ -91,6 +91,7 @@ def fetch(name: str) -> Record:
         if error.errno is None:  # of the library, not of the system
             raise ValueError(f"the download was cut off: {again}") from error
         raise
+    path = path.absolute()  # HF_HOME may be relative
     record = replace(record, path=str(path), size=path.stat().st_size, sha256=sha256, revision=path.parent.name)
     _write(name, record)
     return record

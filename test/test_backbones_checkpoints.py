@@ -97,10 +97,16 @@ def test_other_files(tmp_path):
     refused(tmp_path, "0 checkpoints .*expected one; do this")
     torch.save({"model": {}}, tmp_path / "model.pt")
     refused(tmp_path, "not a plain table of tensors")
+    torch.save({0: torch.zeros(1)}, tmp_path / "model.pt")
+    refused(tmp_path, "not a plain table of tensors")
     torch.save(tiny_pi3(), tmp_path / "model.pt")
     refused(tmp_path, "truncated or not a checkpoint of tensors")
     (tmp_path / "model.pth").touch()
     refused(tmp_path, "2 checkpoints")
+    (tmp_path / "model.bin").touch()
+    refused(tmp_path / "model.bin", "model.bin: not one of .safetensors, .pt, .pth; do this")
+    with pytest.raises(ValueError, match="~nobody-here/pi3.pt: there is no such home folder"):
+        load_backbone("pi3", "~nobody-here/pi3.pt")
     with pytest.raises(ValueError, match="hal9000.*choose one of pi3, "):
         load_backbone("hal9000", tmp_path)
 

@@ -46,6 +46,7 @@ def rewrite(path, change):
 
 def test_missing_folder_names_both_places(tmp_path):
     refused(tmp_path / "nowhere", "nowhere.*give the name of shipped weights")
+    refused("~nobody-here/compact", "no weights '~nobody-here/compact'.*give the name of shipped weights")
 
 
 def test_missing_shard(folder):

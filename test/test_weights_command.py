@@ -456,6 +456,12 @@ def test_damaged_record(monkeypatch, tmp_path, capsys):
         refused(capsys, "path", NAME, says=[str(checkpoints.record_path(NAME)), "delete it"])
 
 
+def test_no_home_folder(monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-here/cache")
+    for action in (["list"], ["path", NAME], ["verify", "~nobody-here/model.pt"]):
+        refused(capsys, *action, says=["~nobody-here", "no such home folder", "set HOME"])
+
+
 def test_another_licence_must_be_accepted_anew(small, capsys, monkeypatch):
     assert main(["weights", "fetch", "small"]) == 0
     capsys.readouterr()

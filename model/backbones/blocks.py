@@ -74,7 +74,9 @@ def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, .
     if isinstance(dtype, str) and dtype != "fp8":
         raise ValueError(f"precision {dtype!r}: give a torch.dtype or 'fp8'")
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
-        raise ValueError(f"precision {dtype}: the weights are in 8 bits already and cannot go back; load the model anew")
+        raise ValueError(
+            f"precision {dtype}: the weights are in 8 bits already and cannot go back; load the model anew"
+        )
     eight_bits = dtype == "fp8" and fp8_units(next(model.parameters()).device)
     for name, module in list(model.named_modules()):
         if name.startswith(keep):

@@ -90,8 +90,17 @@ class Record:
 
 
 def record_path(name: str) -> Path:
-    """File of the record, in the user's cache: XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "speed3r" / "weights" / f"{name}.json"
+    """File of the record, in the user's cache: XDG_CACHE_HOME, by default ~/.cache. ValueError without a home folder."""
+    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return cache / "speed3r" / "weights" / f"{name}.json"
+
+
+def expanded(path: Path | str) -> Path:
+    """The path with ~ or ~user replaced. ValueError with one line where there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no such home folder; set HOME, or give a path without ~") from error
 
 
 def read_record(name: str) -> Record | None:
@@ -108,7 +117,7 @@ def read_record(name: str) -> Record | None:
 def locate(name: Path | str) -> Path:
     """The file of a fetched checkpoint, or the one that `name` is a path of. ValueError with one line and the remedy."""
     if name not in CHECKPOINTS:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.exists():
             raise ValueError(
                 f"no weights {str(name)!r}: choose one of {', '.join(CHECKPOINTS)}, or give the path of a file"
@@ -125,7 +134,9 @@ def locate(name: Path | str) -> Path:
 
 def find_file(path: Path, remedy: str) -> Path:
     """The checkpoint that `path` is, or the only one in the folder `path`. Raises ValueError with one line."""
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)}; {remedy}")
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in SUFFIXES)
-    if len(files) != 1 or files[0].suffix not in SUFFIXES:
+    if len(files) != 1:
         raise ValueError(f"{path}: {len(files)} checkpoints ({', '.join(SUFFIXES)}), expected one; {remedy}")
     return files[0]

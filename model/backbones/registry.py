@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, find_file, locate, notice
+from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, expanded, find_file, locate, notice
 from speed3r_ros.model.backbones.da3 import BASE, GIANT, LARGE, SMALL, Da3, Da3Mono, Da3Nested
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3X, Speed3RPi3
 from speed3r_ros.model.backbones.vggt import Vggt
@@ -51,7 +51,7 @@ def load_backbone(name: str, path: Path | str | None = None) -> nn.Module:
     missing, truncated, incomplete or another model's. Logs a warning where the licence limits the use.
     """
     model = build_backbone(name, "meta")
-    path = locate(name) if path is None else Path(path).expanduser()
+    path = locate(name) if path is None else expanded(path)
     if line := notice(name):
         logging.getLogger(__name__).warning(line)
     return load_into(model, path, CHECKPOINTS[name].remedy)
@@ -92,8 +92,8 @@ def _read_pt(path: Path, device: str) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: truncated or not a checkpoint of tensors ({reason}); copy it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{path}: not a plain table of tensors; save the model's state_dict() alone")
     return state
