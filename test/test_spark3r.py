@@ -139,7 +139,9 @@ def test_known_poses_go_with_it():
     dense = model(x, T_world_cam=poses).depth
     assert torch.equal(model(x, T_world_cam=poses, attention=NO_REDUCTION).depth, dense)
     assert not torch.equal(model(x, T_world_cam=poses, attention="spark3r").depth, dense)
-    with pytest.raises(ValueError, match="'speed3r': with poses, Pi3X runs with 'dense' or 'spark3r' only"):
+    with pytest.raises(
+        ValueError, match="'speed3r': with poses, Pi3X runs no attention in blocks: choose dense or spark3r"
+    ):
         model(torch.rand(1, 4, 3, 56, 56), T_world_cam=poses, attention="speed3r")
 
 

@@ -99,6 +99,12 @@ def patch_grid(height: int, width: int) -> tuple[int, int]:
     return height // PATCH, width // PATCH
 
 
+def normalised(images: Tensor) -> Tensor:
+    """Images (F, 3, H, W) in [0, 1], less ImageNet's mean and over its deviation."""
+    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
+    return (images - mean) / std
+
+
 # ------------------------------------------------------------------------------------------------------------ positions
 
 

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
-    IMAGE_MEAN,
-    IMAGE_STD,
     AcrossViews,
     Block,
     DinoV2,
     Layout,
     Mlp,
     by_frames,
+    normalised,
     patch_grid,
     rotary,
     set_precision,
@@ -64,12 +63,6 @@ BASE = Da3Config(768, 12, 12, 4, (5, 7, 9, 11), 128, (96, 192, 384, 768))
 LARGE = Da3Config(1024, 16, 24, 8, (11, 15, 19, 23))
 GIANT = Da3Config(1536, 24, 40, 13, (19, 27, 33, 39), swiglu=True)
 MONO = Da3Config(1024, 16, 24, None, (4, 11, 17, 23))
-
-
-def normalised(images: Tensor) -> Tensor:
-    """Images (F, 3, H, W) in [0, 1] -> by ImageNet's mean and deviation."""
-    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
-    return (images - mean) / std
 
 
 def reference_view(tokens: Tensor, strategy: str) -> Tensor:
@@ -119,7 +112,7 @@ class Encoder(DinoV2):
         top_k: int = 32,
         chunk: int = 8,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Normalised images (F, 3, H, W) -> taps, reference view (B,).
+        """Images (F, 3, H, W) in [0, 1] -> taps, reference view (B,).
 
         A tap is (F, 1 + h * w, 2 C), the last output inside frames beside the current one, or (F, 1 + h * w, C) of a
         single-view model. camera: tokens (B, N, C) that stand for known poses; then there is no reference, as in
@@ -127,7 +120,7 @@ class Encoder(DinoV2):
         """
         start, taps = self.config.alternate_from, self.config.taps
         grid = patch_grid(*images.shape[2:])
-        x = by_frames(self.embed, chunk, images)
+        x = by_frames(lambda part: self.embed(normalised(part)), chunk, images)
         layout = tables = across = chosen = None
         if start is not None:
             layout = Layout(grid, 1, attention, x.device)
@@ -243,7 +236,7 @@ class AnyView(nn.Module):
             raise ValueError("known poses need known intrinsics, and these need poses: give both T_world_cam and K")
         grid, encoder = patch_grid(*size), self.backbone.pretrained
         camera = None if K is None else self.cam_enc(normalised_poses(T_world_cam), K, size)
-        taps, chosen = encoder(normalised(images.flatten(0, 1)), views, camera, reference, attention, top_k, chunk)
+        taps, chosen = encoder(images.flatten(0, 1), views, camera, reference, attention, top_k, chunk)
         maps, rays = (
             x.unflatten(0, (b, views)) for x in by_frames(lambda *x: self.head(encoder.features(x), grid), chunk, *taps)
         )
@@ -316,7 +309,7 @@ class Mono(nn.Module):
         grid, encoder = patch_grid(*images.shape[3:]), self.backbone.pretrained
 
         def predict(images: Tensor) -> Tensor:
-            taps, _ = encoder(normalised(images), 1, chunk=chunk)
+            taps, _ = encoder(images, 1, chunk=chunk)
             return self.head(encoder.features(taps), grid)
 
         log_depth, sky = by_frames(predict, chunk, images.flatten(0, 1)).unflatten(0, images.shape[:2]).unbind(2)

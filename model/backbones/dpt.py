@@ -93,10 +93,7 @@ class DPT(nn.Module):
     ) -> None:
         super().__init__()
         self.plane = plane
-        if norm:
-            self.norm = nn.LayerNorm(inputs)
-        else:
-            self.norm = nn.Identity()
+        self.norm = nn.LayerNorm(inputs) if norm else nn.Identity()
         self.projects = nn.ModuleList(nn.Conv2d(inputs, c, 1) for c in channels)
         a, b, _, d = channels
         self.resize_layers = nn.ModuleList(

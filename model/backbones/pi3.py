@@ -6,6 +6,7 @@ yyfz/Pi3 (Wang et al., "Permutation-equivariant visual geometry learning", 2025)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -176,6 +177,7 @@ class Pi3(nn.Module):
     """Pi3 by its published sizes. `forward` is the whole model; the other methods are its stages."""
 
     attention = "dense"  # what it was trained with
+    max_log_depth = float("inf")
 
     def __init__(self, config: Pi3Config = Pi3Config()) -> None:
         super().__init__()
@@ -244,7 +246,7 @@ class Pi3(nn.Module):
         attention: str | Strategy,
         top_k: int,
         chunk: int,
-        inject=None,
+        inject: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Patch tokens (F, h * w, C) -> outputs of the last two blocks (F, L, C), row-major, registers first.
 
@@ -278,14 +280,14 @@ class Pi3(nn.Module):
         return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
 
     def assemble(
-        self, decoded: tuple[Tensor, Tensor], views: int, grid: tuple[int, int], size, chunk
+        self, decoded: tuple[Tensor, Tensor], views: int, grid: tuple[int, int], size: tuple[int, int], chunk: int
     ) -> Reconstruction:
         """Outputs of `decode` -> maps at `size` (H, W), which may differ from the size of the grid, and poses."""
         tables = self._tables(positions(*grid, self.specials, None, decoded[0].device))
 
         def maps(frame: Tensor, across: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             point, conf, camera = self.read(torch.cat([frame, across], -1), grid, tables)
-            if point.shape[2:] != size:
+            if tuple(point.shape[2:]) != tuple(size):
                 # Rays are linear in the pixel, so that resized before the exponential they stay exact.
                 point, conf = (F.interpolate(y, size, mode="bilinear") for y in (point, conf))
             z = point[:, 2:].clamp(max=self.max_log_depth).exp()
@@ -296,8 +298,6 @@ class Pi3(nn.Module):
         pose = rigid(R, camera[..., :3])
         raw = dict(conf=conf[..., None], camera_poses=pose, local_points=points)
         return Reconstruction(points[..., 2], points, conf.sigmoid(), pose, raw=raw)
-
-    max_log_depth = float("inf")
 
     def forward(
         self, images: Tensor, *, attention: str | Strategy | None = None, top_k: int = 32, chunk: int = 32
@@ -519,7 +519,9 @@ class Pi3X(Pi3):
         inject = None
         if has_pose.any():
             if strategy_for(attention).in_blocks:
-                raise ValueError(f"attention {attention!r}: with poses, Pi3X runs with 'dense' or 'spark3r' only")
+                raise ValueError(
+                    f"attention {attention!r}: with poses, Pi3X runs no attention in blocks: choose dense or spark3r"
+                )
             T = self._normalised(T_world_cam, has_pose, unit, has_depth)
 
             def inject(i: int, x: Tensor) -> None:

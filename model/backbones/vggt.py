@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import (
-    IMAGE_MEAN,
-    IMAGE_STD,
     AcrossViews,
     Block,
     DinoV2,
     Layout,
     Mlp,
     by_frames,
+    normalised,
     patch_grid,
     set_precision,
 )
@@ -76,8 +75,7 @@ class Aggregator(nn.Module):
 
     def encode(self, images: Tensor, chunk: int) -> Tensor:
         """Images (F, 3, H, W) in [0, 1] -> patch tokens (F, h * w, C), row-major."""
-        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
-        return by_frames(lambda x: self.patch_embed((x - mean) / std), chunk, images)
+        return by_frames(lambda x: self.patch_embed(normalised(x)), chunk, images)
 
     def special_tokens(self, batch: int, views: int) -> Tensor:
         """(F, S, C): the first view of a sequence has its own."""
