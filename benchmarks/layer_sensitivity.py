@@ -19,18 +19,23 @@ from strategies import sequence
 from torch import Tensor
 
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
-from speed3r_ros.model.backbones.registry import BACKBONES, load_backbone
+from speed3r_ros.model.backbones.registry import BACKBONES, SINGLE_VIEW, load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction, invert
 from speed3r_ros.model.spark3r import Spark3R, probe
 
 
 def read(folder: Path, height: int, width: int, count: int) -> Tensor:
-    """The first images of a folder, by name, as (1, N, 3, H, W) in [0, 1]. ValueError if there are none."""
+    """The first images of a folder, by name, as (1, N, 3, H, W) in [0, 1]. ValueError if there are none, or one is none."""
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))[:count]
     if not paths:
         raise ValueError(f"{folder}: no *.png or *.jpg in it; give a folder of a sequence's frames")
-    images = [cv2.resize(cv2.imread(str(p)), (width, height), interpolation=cv2.INTER_AREA) for p in paths]
-    return torch.stack([torch.from_numpy(x[..., ::-1].copy()) for x in images]).permute(0, 3, 1, 2)[None] / 255
+    images = []
+    for path in paths:
+        image = cv2.imread(str(path))
+        if image is None:
+            raise ValueError(f"{path}: not an image; take it out of the folder")
+        images.append(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)[..., ::-1].copy())
+    return torch.stack([torch.from_numpy(x) for x in images]).permute(0, 3, 1, 2)[None] / 255
 
 
 def points(out: Reconstruction) -> Tensor:
@@ -43,7 +48,8 @@ def points(out: Reconstruction) -> Tensor:
 def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", choices=BACKBONES, default="pi3")
+    several_views = [name for name in BACKBONES if name not in SINGLE_VIEW]
+    parser.add_argument("--backbone", choices=several_views, default="pi3")
     parser.add_argument("--checkpoint")
     parser.add_argument("--images", type=Path)
     parser.add_argument(

@@ -24,7 +24,7 @@ from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import LayerScale
 from speed3r_ros.model.backbones.da3 import Da3, Da3Config
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Speed3RPi3
-from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone
+from speed3r_ros.model.backbones.registry import BACKBONES, SINGLE_VIEW, build_backbone, load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
@@ -123,7 +123,8 @@ def row(model: nn.Module, images: Tensor, name: str, base: tuple | None, trained
 def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbones", nargs="+", default=["pi3", "vggt-1b", "da3-large"], choices=BACKBONES)
+    several_views = [name for name in BACKBONES if name not in SINGLE_VIEW]
+    parser.add_argument("--backbones", nargs="+", default=["pi3", "vggt-1b", "da3-large"], choices=several_views)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=OPTIONS)
     parser.add_argument("--views", type=int, nargs="+", default=[32, 128, 256, 512, 1024])
     parser.add_argument(
@@ -135,6 +136,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.checkpoint and len(args.backbones) > 1:
         parser.error("--checkpoint is of one backbone: name it in --backbones")
+    if args.tiny and (args.checkpoint or not TINY.keys() >= set(args.backbones)):
+        parser.error(f"--tiny has random weights, and of {', '.join(TINY)} alone")
     if args.tiny:
         args.views, args.size, args.precision = [4, 101], (56, 56), "fp32"
     device = torch.device("cpu" if args.tiny else "cuda")
