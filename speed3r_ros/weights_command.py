@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"{locate(options.name)}: a local file, nothing to fetch")
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error
-        where = "make room, or set HF_HOME (files) or XDG_CACHE_HOME (records) to another folder"
-        print(f"speed3r weights: {reason}; {where}", file=sys.stderr)
+        where = "; make room, or set HF_HOME (files) or XDG_CACHE_HOME (records) to another folder"
+        print(f"speed3r weights: {reason}{where if options.action == 'fetch' else ''}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"speed3r weights: {error}", file=sys.stderr)

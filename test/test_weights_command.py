@@ -462,6 +462,14 @@ def test_no_home_folder(monkeypatch, capsys):
         refused(capsys, *action, says=["~nobody-here", "no such home folder", "set HOME"])
 
 
+def test_files_that_cannot_be_read_are_no_matter_of_room(small, capsys, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(weights_command, "sha256_of", closed)
+    refused(capsys, "verify", "small", says=[f"{small[0]}: Permission denied\n"])
+
+
 def test_another_licence_must_be_accepted_anew(small, capsys, monkeypatch):
     assert main(["weights", "fetch", "small"]) == 0
     capsys.readouterr()

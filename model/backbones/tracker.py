@@ -22,15 +22,13 @@ ROUNDS = 6
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """Sizes; the defaults are those of the published checkpoints. levels: of the correlation pyramid. plane: whether the
-    features carry the view-plane embedding, as model_tracker_fixed_e20.pt needs and VGGT-1B does not."""
+    """Sizes; the defaults are those of the published checkpoints. levels: of the correlation pyramid."""
 
     features: int = 128
     hidden: int = 384
     levels: int = 7
     radius: int = 4
     iterations: int = 4
-    plane: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class TrackHead(nn.Module):
 
     def __init__(self, inputs: int, levels: tuple[int, int, int, int], config: TrackerConfig) -> None:
         super().__init__()
-        self.feature_extractor = DPT(inputs, config.features, levels, None, plane=config.plane, relu_skip=True)
+        self.feature_extractor = DPT(inputs, config.features, levels, None, plane=False, relu_skip=True)
         self.tracker = Refiner(config)
 
     def forward(
