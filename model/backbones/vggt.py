@@ -90,7 +90,7 @@ class Aggregator(nn.Module):
         taps: Sequence[int],
         attention: str | Strategy = "dense",
         top_k: int = 32,
-        chunk: int = 32,
+        chunk: int = 8,
         causal: bool = False,
     ) -> list[Tensor]:
         """Patch tokens (F, h * w, C) -> for each pair in `taps`, outputs of both blocks (F, L, 2 C), special tokens first."""
