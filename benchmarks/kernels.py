@@ -98,10 +98,13 @@ def graph_milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
     """Time of one call among `repeats` in a CUDA graph: no launch gaps."""
     if not CUDA:
         return milliseconds(run)
-    run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass, which the first call makes
+        run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
             run()
     return milliseconds(graph.replay) / repeats
@@ -327,7 +330,7 @@ class Pass:
 
 
 def differentiate(reference: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> Callable[[], object]:
-    """The backward pass of a reference by autograd; its forward pass runs at the first call."""
+    """The backward pass of a reference by autograd; its forward pass runs at the first call and is kept."""
 
     @functools.cache
     def graph() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -434,6 +437,7 @@ def time_passes(model: Model, views: int, tuned: bool) -> None:
 
     for work in passes(model, views):
         eager = timed(work.eager) if not tuned else float("nan")
+        del work.eager  # and with it what its backward pass has kept
         if CUDA:
             torch.cuda.empty_cache()
         for sizes in work.sizes if tuned else [None]:
