@@ -100,9 +100,7 @@ def graph_milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
         return milliseconds(run)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        stream
-    ):  # the first call may make a forward pass, on whose stream autograd runs the backward
+    with torch.cuda.stream(stream):  # where the first call makes a forward pass, autograd runs the backward pass
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speed3r_ros.kernels import qkv as module
-from speed3r_ros.kernels.qkv import prepare_tokens, prepare_tokens_reference
+from speed3r_ros.kernels.qkv import normalise_and_rotate, prepare_tokens, prepare_tokens_reference
 from speed3r_ros.model.network import GlobalBlock
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -151,3 +151,7 @@ def test_wrong_shapes_are_named():
         prepare_tokens(arguments[0][:, :-1], *arguments[1:])
     with pytest.raises(ValueError, match="rotary"):
         prepare_tokens(*arguments[:5], arguments[3], *arguments[6:])
+    with pytest.raises(ValueError, match="rotary"):
+        normalise_and_rotate(*arguments[:4], arguments[4][:, 1:])
+    with pytest.raises(ValueError, match="norms"):
+        normalise_and_rotate(*arguments[:2], arguments[2][1:], *arguments[3:5])
