@@ -1,7 +1,7 @@
 """Fused residual sum and layer norm: Triton kernels and their reference.
 
 Between two linear layers of a pre-norm transformer stand x + gamma * branch, its layer norm and the cast for the next matrix
-product. All three bound by memory: one pass reads x and the branch, and writes the sum and the normalised rows, without a
+product, all three bound by memory: one pass reads x and the branch, and writes the sum and the normalised rows, without a
 float32 copy of either operand. The backward pass is one kernel too: it makes the statistics again from the sum, which it has
 to read anyway.
 
