@@ -122,7 +122,7 @@ def prepare_tokens_reference(
         return tuple(x.contiguous().transpose(0, 1) for x in out)
     for buffer, parts in ((slot.fine, out[1:3]), (slot.pooled, out[4:])):
         for all_frames, x in zip(buffer, parts):
-            all_frames.index_copy_(1, slot.index, x)
+            all_frames.index_copy_(1, slot.index, x.detach())  # else buffers would hold the graphs of all frames
     q, q_pooled = (x.contiguous().transpose(0, 1) for x in (out[0], out[3]))
     return q, *slot.fine.transpose(1, 2), q_pooled, *slot.pooled.transpose(1, 2)
 
@@ -709,10 +709,12 @@ def prepare_tokens(
     qkv: (F, L, 3, H, D) as the linear layer gives it. q_norm, k_norm: see the module's text. cos, sin: (1, L, 1, D);
     cos_pooled, sin_pooled: (1, G, 1, D); None for no rotation. All arithmetic in float32. Returns q, k, v (F, H, L, D) and
     pooled q, k, v (F, H, G, D) in qkv's type, each stored heads first so that frames and tokens flatten into one axis
-    without a copy. With a slot, F is 1, there are no gradients, and k, v, pooled k and v are all that the slot's buffers
-    hold, of N and M frames, this one included. Raises ValueError on shapes that do not fit.
+    without a copy. With a slot, F is 1, and k, v, pooled k and v, without gradients, are all that the slot's buffers hold, of
+    N and M frames, this one included. Raises ValueError on shapes that do not fit.
     """
     arguments = qkv, q_norm, k_norm, cos, sin, cos_pooled, sin_pooled, specials
+    if slot is not None and len(qkv) != 1:
+        raise ValueError(f"a slot takes one frame, not {len(qkv)}")
     if not fused(qkv):
         return prepare_tokens_reference(*arguments, slot, eps)
     if slot is None and differentiated(qkv, q_norm, k_norm):
