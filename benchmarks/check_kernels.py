@@ -499,7 +499,7 @@ def check_graph(case: Case, dtype: torch.dtype) -> Iterator[Row]:
         tokens = [Tokens(*pair, gate) for pair in zip((q, k, v), pooled)]
         outs = [speed3r(*tokens, shown[1], shown[0], case.specials, case.top_k) for _ in range(2)]
         compressed, index = coarse_attention_triton(*pooled, *shown, case.top_k)
-        begun = begin(q, k, v, shown[1], case.specials, passed_on=True)
+        begun = begin(q, k, v, shown[1], case.specials)
         outs.append(selected_attention(q, k, v, index, compressed, gate, shown[1], case.specials, begun=begun))
         return torch.cat(outs)
 

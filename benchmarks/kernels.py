@@ -98,10 +98,13 @@ def graph_milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
     """Time of one call among `repeats` in a CUDA graph: no launch gaps."""
     if not CUDA:
         return milliseconds(run)
-    run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # where the first call makes a forward pass, autograd runs the backward pass
+        run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
             run()
     return milliseconds(graph.replay) / repeats
@@ -327,7 +330,7 @@ class Pass:
 
 
 def differentiate(reference: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> Callable[[], object]:
-    """The backward pass of a reference by autograd; its forward pass runs at the first call."""
+    """The backward pass of a reference by autograd; its forward pass runs at the first call and is kept."""
 
     @functools.cache
     def graph() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -434,6 +437,7 @@ def time_passes(model: Model, views: int, tuned: bool) -> None:
 
     for work in passes(model, views):
         eager = timed(work.eager) if not tuned else float("nan")
+        del work.eager  # and with it what its backward pass has kept
         if CUDA:
             torch.cuda.empty_cache()
         for sizes in work.sizes if tuned else [None]:
@@ -488,15 +492,14 @@ def candidates() -> list[Trial]:
     for blocks, warps, stages in [
         (1, 1, 3), (1, 1, 5), (2, 1, 3), (2, 1, 4), (2, 1, 5), (4, 1, 2), (4, 1, 3), (4, 2, 3), (8, 2, 2), (8, 4, 2),
     ]:  # fmt: skip
-        trials += [Trial(0, part, tuning=steps(blocks, warps, stages)) for part in ("selected", "selected, passed on")]
+        trials.append(Trial(0, "selected", tuning=steps(blocks, warps, stages)))
         trials += [Trial(views, "selected", tuning=steps(blocks, warps, stages), model=bare) for views in (0, 32)]
     for shape in (
         sizes(16, 64, 1, 3), sizes(16, 64, 1, 5), sizes(16, 128, 1, 3), sizes(16, 128, 2, 3), sizes(16, 128, 4, 3),
         sizes(16, 256, 4, 3),
     ):  # fmt: skip
         trials += [Trial(0, "special queries", tuning=shape, splits=splits) for splits in (16, 32, 64)]
-    trials += [Trial(0, "whole layer", model=model) for model in (PI3, bare)]
-    return trials + [Trial(0, "whole layer", tuning=(("passed_on", 1),))]
+    return trials + [Trial(0, "whole layer", model=model) for model in (PI3, bare)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -529,18 +532,15 @@ def bound(trial: Trial) -> Callable[[], object]:
         return lambda: select(maxima, q, k, coarse.table, fine.table, *rest)
     tokens = x.q, x.k, x.v
     if trial.part == "special queries":
-        return lambda: begin(*tokens, fine, model.specials, splits=trial.splits, sizes=sizes).beside.join()
+        q, k, v = (y.unflatten(2, (-1, model.length)) for y in tokens)
+        special = q[:, :, :, : model.specials], k, v, fine
+        return lambda: frame_attention_triton(*special, splits=trial.splits, sizes=sizes)
+    if trial.part == "whole layer":
+        given = [attention.Tokens(y, z, x.gate) for y, z in zip(tokens, x.pooled)]
+        return lambda: attention.speed3r(*given, x.fine, x.coarse, model.specials, model.top_k)
     index = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)[1]
     rest = index, x.compressed, x.gate, x.fine, model.specials
-    if trial.part == "whole layer":
-
-        def layer() -> None:
-            begun = begin(*tokens, x.fine, model.specials, passed_on=bool(trial.tuning))
-            made, choice = coarse_attention_triton(*x.pooled, x.coarse, x.fine, model.top_k)[::-1], rest[2:]
-            attend_to_selected(*tokens, *made, *choice, begun=begun)
-
-        return layer
-    begun = begin(*tokens, x.fine, model.specials, passed_on="passed on" in trial.part)
+    begun = begin(*tokens, x.fine, model.specials)
     begun.beside.join()
     begun = replace(begun, beside=Beside(x.q.device, False))  # is there already
     return lambda: attend_to_selected(*tokens, *rest, sizes=sizes, begun=begun)
@@ -561,7 +561,7 @@ def sweep() -> None:
     trials = candidates() if CUDA else [
         Trial(0, "attention", 2, (("BM", 16), ("BN", 16), ("num_warps", 1), ("num_stages", 1)), 2, TINY),
         Trial(2, "choice", 2, model=TINY),
-        Trial(0, "selected, passed on", tuning=(("STEP", 1), ("num_warps", 1), ("num_stages", 1)), model=TINY),
+        Trial(0, "selected", tuning=(("STEP", 1), ("num_warps", 1), ("num_stages", 1)), model=TINY),
         Trial(0, "special queries", model=TINY),
         Trial(0, "whole layer", model=TINY),
     ]  # fmt: skip

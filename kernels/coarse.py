@@ -4,9 +4,9 @@ The attention also notes the largest score of every row among each tile of neigh
 a row lie in the K tiles with the largest maxima, and those in the K frames with the largest ones (each of them holds a
 block that beats whatever lies elsewhere; ties go to the lower index in every order). So a second kernel, one program per
 row, narrows the choice from frames to tiles to blocks, of which only the last K tiles' are scored again. Among few blocks
-the scores themselves are noted, as tiles of one. Each narrowing finds
-its threshold by bisection on the bits of the scores, from a bracket that the maxima of a few groups of them give: any K,
-exact, and the same in every run. That kernel also joins the shares of an attention whose keys were split.
+the scores themselves are noted, as tiles of one. Each narrowing finds its threshold by bisection on the bits of the scores,
+from a bracket that the maxima of a few groups of them give: any K, exact, and the same in every run. That kernel also joins
+the shares of an attention whose keys were split.
 
 Shape letters: see `frames`; G = blocks per frame, M >= N frames with pooled tokens, of which the first N are resident.
 """

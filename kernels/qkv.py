@@ -39,15 +39,23 @@ class Slot(NamedTuple):
     index: Tensor
 
 
-def check(qkv: Tensor, cos: Tensor | None, cos_pooled: Tensor | None, specials: int) -> int:
-    """Blocks G per frame of the arguments of `prepare_tokens`; ValueError if they do not fit together."""
+def check(
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, tables: tuple[Tensor | None, ...], specials: int
+) -> int:
+    """Blocks G per frame of the arguments of `prepare_tokens`; ValueError if they do not fit together.
+
+    tables: cos, sin, and of the blocks.
+    """
     length, three, _, width = qkv.shape[1:]
     blocks = (length - specials) // BLOCK
     if three != 3 or length != specials + BLOCK * blocks:
         raise ValueError(f"qkv {tuple(qkv.shape)} is not (F, {specials} + 16 G, 3, H, D)")
-    sizes = [0 if table is None else table.numel() for table in (cos, cos_pooled)]
-    if sizes not in ([0, 0], [length * width, blocks * width]):
-        raise ValueError(f"rotary tables have {sizes[0]} and {sizes[1]} entries, not L * D and G * D")
+    sizes = [0 if table is None else table.numel() for table in tables]
+    if sizes not in ([0] * 4, [length * width] * 2 + [blocks * width] * 2):
+        raise ValueError(f"rotary tables have {sizes} entries, not L * D twice and G * D twice")
+    shapes = [None if norm is None else tuple(norm.shape) for norm in (q_norm, k_norm)]
+    if shapes not in ([None] * 2, [(width,)] * 2, [(2, width)] * 2):
+        raise ValueError(f"norms of queries and keys have shapes {shapes}, not ({width},) or (2, {width})")
     return blocks
 
 
@@ -82,7 +90,7 @@ def normalise_and_rotate_reference(
     eps: float = EPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain torch; arguments and results of `normalise_and_rotate`."""
-    check(qkv, cos, None, qkv.shape[1])
+    check(qkv, q_norm, k_norm, (cos, sin, None, None), qkv.shape[1])
     high = torch.promote_types(qkv.dtype, torch.float32)
     qk = transform(qkv[:, :, :2].to(high), q_norm, k_norm, cos, sin, eps).to(qkv.dtype)
     return *qk.transpose(1, 3).unbind(2), qkv[:, :, 2].transpose(1, 2)
@@ -101,7 +109,7 @@ def prepare_tokens_reference(
     eps: float = EPS,
 ) -> tuple[Tensor, ...]:
     """Plain torch; arguments and results of `prepare_tokens`."""
-    blocks = check(qkv, cos, cos_pooled, specials)
+    blocks = check(qkv, q_norm, k_norm, (cos, sin, cos_pooled, sin_pooled), specials)
     high = torch.promote_types(qkv.dtype, torch.float32)
     raw = qkv.to(high)
 
@@ -114,7 +122,7 @@ def prepare_tokens_reference(
         return tuple(x.contiguous().transpose(0, 1) for x in out)
     for buffer, parts in ((slot.fine, out[1:3]), (slot.pooled, out[4:])):
         for all_frames, x in zip(buffer, parts):
-            all_frames.index_copy_(1, slot.index, x)
+            all_frames.index_copy_(1, slot.index, x.detach())  # else buffers would hold the graphs of all frames
     q, q_pooled = (x.contiguous().transpose(0, 1) for x in (out[0], out[3]))
     return q, *slot.fine.transpose(1, 2), q_pooled, *slot.pooled.transpose(1, 2)
 
@@ -491,7 +499,7 @@ def prepare(
 
 
 def contiguous(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Rotary tables and norms as the kernels read them."""
+    """Rotary tables, norms and factors as the kernels read them."""
     return tuple(None if table is None else table.contiguous() for table in tables)
 
 
@@ -510,7 +518,7 @@ def normalise_and_rotate_triton(
     out: (F, L, 2 or more, H, D) for q and k, which may be qkv; sizes: see `sizes_of`.
     """
     frames, length, _, heads, width = qkv.shape
-    check(qkv, cos, None, length)
+    check(qkv, q_norm, k_norm, (cos, sin, None, None), length)
     if out is None:
         out = torch.empty(frames, length, 2, heads, width, dtype=qkv.dtype, device=qkv.device)
     q, k = (out[:, :, i].transpose(1, 2) for i in range(2))
@@ -533,7 +541,7 @@ def prepare_tokens_triton(
     sizes: dict[str, int] | None = None,
 ) -> tuple[Tensor, ...]:
     """The kernel; arguments and results of `prepare_tokens`. sizes: see `sizes_of`."""
-    blocks = check(qkv, cos, cos_pooled, specials)
+    blocks = check(qkv, q_norm, k_norm, (cos, sin, cos_pooled, sin_pooled), specials)
     frames, length, _, heads, width = qkv.shape
     parts = 3 if slot is None else 1
     fine, pooled = (
@@ -701,10 +709,12 @@ def prepare_tokens(
     qkv: (F, L, 3, H, D) as the linear layer gives it. q_norm, k_norm: see the module's text. cos, sin: (1, L, 1, D);
     cos_pooled, sin_pooled: (1, G, 1, D); None for no rotation. All arithmetic in float32. Returns q, k, v (F, H, L, D) and
     pooled q, k, v (F, H, G, D) in qkv's type, each stored heads first so that frames and tokens flatten into one axis
-    without a copy. With a slot, F is 1, there are no gradients, and k, v, pooled k and v are all that the slot's buffers
-    hold, of N and M frames, this one included. Raises ValueError on shapes that do not fit.
+    without a copy. With a slot, F is 1, and k, v, pooled k and v, without gradients, are all that the slot's buffers hold, of
+    N and M frames, this one included. Raises ValueError on shapes that do not fit.
     """
     arguments = qkv, q_norm, k_norm, cos, sin, cos_pooled, sin_pooled, specials
+    if slot is not None and len(qkv) != 1:
+        raise ValueError(f"a slot takes one frame, not {len(qkv)}")
     if not fused(qkv):
         return prepare_tokens_reference(*arguments, slot, eps)
     if slot is None and differentiated(qkv, q_norm, k_norm):

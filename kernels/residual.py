@@ -1,7 +1,7 @@
 """Fused residual sum and layer norm: Triton kernels and their reference.
 
 Between two linear layers of a pre-norm transformer stand x + gamma * branch, its layer norm and the cast for the next matrix
-product. All three bound by memory: one pass reads x and the branch, and writes the sum and the normalised rows, without a
+product, all three bound by memory: one pass reads x and the branch, and writes the sum and the normalised rows, without a
 float32 copy of either operand. The backward pass is one kernel too: it makes the statistics again from the sum, which it has
 to read anyway.
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speed3r_ros.kernels.frames import multiprocessors, tl, triton
-from speed3r_ros.kernels.qkv import differentiated, fused
+from speed3r_ros.kernels.qkv import contiguous, differentiated, fused
 
 
 def check(x: Tensor, branch: Tensor | None, *vectors: Tensor | None) -> None:
@@ -169,10 +169,9 @@ def add_norm_triton(
     channels = x.shape[-1]
     rows = x.numel() // channels
     sizes = sizes or sizes_of(rows, channels)
-    x = x.contiguous()
-    total = x
+    total = x = x.contiguous()
+    branch, gamma, weight, bias = contiguous(branch, gamma, weight, bias)
     if branch is not None:
-        branch = branch.contiguous()
         total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     _add_norm[(triton.cdiv(rows, sizes["ROWS"]),)](
@@ -215,6 +214,7 @@ def add_norm_backward(
     programs = programs or min(
         triton.cdiv(rows, sizes["ROWS"]), 32 // sizes["num_warps"] * multiprocessors(total.device)
     )
+    branch, gamma, weight, grad_total, grad_out = contiguous(branch, gamma, weight, grad_total, grad_out)
     grad_x = torch.empty_like(total)
     grad_branch = None if branch_dtype is None else torch.empty_like(total, dtype=branch_dtype)
     partial = torch.empty(programs, 2 if gamma is None else 3, channels, dtype=torch.float32, device=total.device)
@@ -223,8 +223,8 @@ def add_norm_backward(
         branch,
         gamma,
         weight,
-        None if grad_total is None else grad_total.contiguous(),
-        grad_out.contiguous(),
+        grad_total,
+        grad_out,
         grad_x,
         grad_branch,
         partial,

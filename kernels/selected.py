@@ -2,8 +2,8 @@
 
 Special queries attend densely, which is `frames.frame_attention`. The 16 queries of a patch block attend to the special
 tokens of the frames that they see and to the tokens of their chosen blocks; the epilogue adds the gated compressed output.
-Where the special tokens are many, a dense launch of their own passes its softmax state on; where they are few, each block
-of queries reads them along. What needs no choice of blocks may begin before it is made (`begin_selected`).
+Where the special tokens are many, or the queries one new frame's, a dense launch of their own passes its softmax state on;
+else each block of queries reads them along. What needs no choice of blocks may begin before it is made (`begin_selected`).
 
 16 queries per gathered key do 16 operations per byte, which the cache in front of the multiprocessors cannot feed at the
 rate of the tensor cores; `group` lets neighbouring blocks share a selection and thereby their keys. Each warp owns the 16
@@ -33,7 +33,7 @@ from speed3r_ros.kernels.frames import (
     wide,
 )
 from speed3r_ros.kernels.gathered import on_gathered, selected_attention_gathered
-from speed3r_ros.kernels.qkv import BLOCK
+from speed3r_ros.kernels.qkv import BLOCK, differentiated
 
 WORKSPACE = 2**29  # bytes at most for softmax states between launches; more heads than that take turns
 
@@ -107,8 +107,8 @@ class Begun:
     """What `begin` started, on a second stream if the queries are one frame's.
 
     out: (B, H, T, L, D), of which special queries are being written; lse: (B, H, T, S), the logarithms of their sums of
-    exponentials. passed_on: the patches' attention to special tokens, float32 (B, H, T, 16 G, D), and its logarithms of
-    sums, or None where their blocks read special tokens along.
+    exponentials. passed_on: of one frame's patches, their attention to special tokens, float32 (B, H, 1, 16 G, D), and its
+    logarithms of sums; else None.
     """
 
     out: Tensor
@@ -117,20 +117,10 @@ class Begun:
     beside: Beside
 
 
-def begin(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fine: Visible,
-    specials: int,
-    passed_on: bool = False,
-    splits: int | None = None,
-    sizes: dict[str, int] | None = None,
-) -> Begun:
+def begin(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int) -> Begun:
     """Start what `selected_attention` can do before blocks are chosen; arguments as there.
 
-    passed_on: let patches attend to special tokens here. splits, sizes: of the special queries, see
-    `frames.frame_attention_triton`.
+    That is the special queries and, of one frame, the patches' attention to special tokens.
     """
     b, h, rows, d = q.shape
     frames, resident = fine.table.shape[1:]
@@ -140,7 +130,7 @@ def begin(
     beside = Beside(q.device, frames == 1 and specials > 0)  # one frame's queries leave most of the device idle
     lse = torch.empty(b, h, frames, 0, device=q.device)
     partial = None
-    if specials and passed_on:
+    if specials and frames == 1:
         with beside:
             target = torch.empty(b, h, frames, q.shape[3] - specials, d, dtype=torch.float32, device=q.device)
             special = k[:, :, :, :specials], v[:, :, :, :specials]
@@ -149,7 +139,7 @@ def begin(
     if specials:
         with beside:
             target = out[:, :, :, :specials]
-            lse = frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=target, splits=splits, sizes=sizes)[1]
+            lse = frame_attention_triton(q[:, :, :, :specials], k, v, fine, out=target)[1]
     return Begun(out, lse, partial, beside)
 
 
@@ -491,8 +481,8 @@ def attend_to_selected(
 
     That is the patches' attention before the gate (B, H, T, 16 G, D), and the logarithms of the sums of exponentials of
     patches (B, H, T, 16 G) and special queries (B, H, T, S). group: a power of two. sizes: see `step_sizes`. passed_on:
-    whether patches attend to special tokens in a launch of its own, by default if that is more than to their chosen blocks.
-    begun: what `begin` returned for the same arguments, if it was called before.
+    whether patches of several frames attend to special tokens in a launch of its own, by default if that is more than to
+    their chosen blocks; those of one frame do. begun: what `begin` returned for the same arguments, if it was called before.
     """
     frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group)
     begun = begun or begin(q, k, v, fine, specials)
@@ -504,7 +494,7 @@ def attend_to_selected(
     q, gate, patches = q[:, :, :, specials:], gate[:, :, :, specials:], out[:, :, :, specials:]
     if passed_on is None:
         passed_on = resident * specials > index.shape[-1] * BLOCK
-    passed_on = begun.passed_on is not None or passed_on and specials > 0
+    passed_on = specials > 0 and (frames == 1 or passed_on)
     attended, attended_lse = out, special_lse  # not written unless saved
     if save:
         attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -607,10 +597,13 @@ class SelectedAttention(torch.autograd.Function):
         fine: Visible,
         specials: int,
         group: int,
+        begun: Begun | None = None,
     ) -> Tensor:
         """See `selected_attention`."""
         save = any(ctx.needs_input_grad)
-        out, *saved = attend_to_selected(q, k, v, index, compressed, gate, fine, specials, group, save=save)
+        out, *saved = attend_to_selected(
+            q, k, v, index, compressed, gate, fine, specials, group, save=save, begun=begun
+        )
         if save:
             ctx.save_for_backward(q, k, v, index, compressed, gate, out, *saved)
             ctx.fine, ctx.specials, ctx.group = fine, specials, group
@@ -651,18 +644,17 @@ class SelectedAttention(torch.autograd.Function):
             grads[1] += parts[1]
             grads[2] += parts[2]
         results = [total.to(x.dtype).flatten(2, 3) for total, x in zip(grads, (q, k, v))]
-        return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), None, None, None
+        return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), *[None] * 4
 
 
 def begin_selected(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int) -> Begun | None:
     """Start the part of `selected_attention` that needs no choice, beside what makes the choice; arguments as there.
 
-    Only of one new frame, whose queries leave most of the device idle, and without gradients; else None.
+    Only of one new frame, whose queries leave most of the device idle, and without gradients of them; else None.
     """
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not on_kernels(q) or specials == 0 or fine.table.shape[1] > 1 or differentiated:
+    if not on_kernels(q) or specials == 0 or fine.table.shape[1] > 1 or differentiated(q, k, v):
         return None
-    return begin(q, k, v, fine, specials, passed_on=True)
+    return begin(q, k, v, fine, specials)
 
 
 def selected_attention(
@@ -687,11 +679,9 @@ def selected_attention(
     begun: what `begin_selected` returned for the same arguments. Returns (B, H, T * L, D), stored so that
     `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
     """
-    if begun is not None:
-        return attend_to_selected(q, k, v, index, compressed, gate, fine, specials, group, begun=begun)[0]
-    if on_kernels(q):
-        run = SelectedAttention.apply
-    elif on_gathered(q, fine):
+    if begun is not None or on_kernels(q):
+        return SelectedAttention.apply(q, k, v, index, compressed, gate, fine, specials, group, begun)
+    if on_gathered(q, fine):
         check(q, k, index, compressed, gate, fine, specials, group)
         run = selected_attention_gathered
     else:

@@ -124,18 +124,18 @@ class Block(nn.Module):
         return self.qkv(h).unflatten(-1, (3, -1, self.head_width))
 
     def before(self, x: Tensor, branch: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """Input (F, L, C) -> residual (F, L, C), q, k, v (F, H, L, D)."""
+        """Residual and branch (F, L, C) -> residual (F, L, C), q, k, v (F, H, L, D)."""
         x, h = norm_sum(self.norm1, x, branch, compute_dtype(self.qkv))
         return x, *normalise_and_rotate(self.project(h), self.q_norm, self.k_norm, cos, sin)
 
     def after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C)."""
+        """Residual (F, L, C) and attention output (F, H, L, D) -> residual and branch (F, L, C)."""
         branch = self.proj(attended.transpose(1, 2).flatten(2))
         x, h = norm_sum(self.norm2, x, branch, compute_dtype(self.fc1))
         return x, self.fc2(F.gelu(self.fc1(h)))
 
     def forward(self, x: Tensor, branch: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(F, L, C) -> (F, L, C)."""
+        """Residual and branch (F, L, C) -> the same."""
         x, q, k, v = self.before(x, branch, cos, sin)
         return self.after(x, F.scaled_dot_product_attention(q, k, v))
 
@@ -161,7 +161,7 @@ class GlobalBlock(Block):
         sin_g: Tensor,
         slot: Slot | None = None,
     ) -> tuple[Tensor, ...]:
-        """(F, L, C) -> residual (F, L, C), fine q, k, v (F, H, L, D), pooled q, k, v (F, H, G, D), gate (F, H, L, 2).
+        """As `before`: residual (F, L, C), fine q, k, v (F, H, L, D), pooled q, k, v (F, H, G, D), gate (F, H, L, 2).
 
         With a slot, keys and values go there and are those of all frames that its buffers hold.
         """

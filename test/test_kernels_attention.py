@@ -359,13 +359,12 @@ def test_selected_kernel_is_its_definition(b, t, n, g, s, d, top_k, group, dtype
 
 
 @needs_kernels
-@pytest.mark.parametrize("passed_on", [False, True])
-@pytest.mark.parametrize("n, g, s, top_k", [(5, 3, 5, 4), (1, 2, 5, 9), (4, 2, 0, 3), (1, 1, 0, 1)])
-def test_selected_attention_begun_before_the_choice_is_its_definition(n, g, s, top_k, passed_on):
-    case = selected_case(1, 1, n, g, s, 16, top_k, 1)
+@pytest.mark.parametrize("t, n, g, s, top_k", [(1, 5, 3, 5, 4), (1, 1, 2, 5, 9), (2, 3, 2, 1, 3), (1, 4, 2, 0, 3)])
+def test_selected_attention_begun_before_the_choice_is_its_definition(t, n, g, s, top_k):
+    case = selected_case(1, t, n, g, s, 16, top_k, 1)
     q, k, v, *_, fine, specials, _ = case
-    begun = selected_module.begin(q, k, v, fine, specials, passed_on, splits=3)
-    assert (begun.passed_on is not None) == (passed_on and s > 0)
+    begun = selected_module.begin(q, k, v, fine, specials)
+    assert (begun.passed_on is not None) == (t == 1 and s > 0)
     out = selected_attention(*case, begun=begun)
     assert error(out, selected_by_rows(*case)) < TOLERANCE[torch.float32]
     assert out.transpose(1, 2).is_contiguous()
@@ -385,6 +384,21 @@ def test_selected_gradient_is_the_references(b, t, n, g, s, d, top_k, group, dty
         grads.append(torch.autograd.grad((out.double() * weight).sum(), inputs))
     for out, expected in zip(*grads):
         assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
+
+
+@needs_kernels
+def test_gates_alone_get_their_gradient_from_one_new_frame(monkeypatch):
+    monkeypatch.setattr(selected_module, "on_kernels", lambda _: True)
+    q, k, v, index, compressed, gate, *rest = selected_case(1, 1, 3, 2, 3, 16, 2, 1)
+    begun = selected_module.begin_selected(q, k, v, *rest[:2])
+    assert begun is not None
+    grads = []
+    for run, options in ((selected_attention, {"begun": begun}), (selected_attention_reference, {})):
+        inputs = [compressed.detach().requires_grad_(), gate.detach().requires_grad_()]
+        out = run(q, k, v, index, *inputs, *rest, **options)
+        grads.append(torch.autograd.grad(out.square().sum(), inputs))
+    for a, b in zip(*grads):
+        assert error(a, b) < TOLERANCE[torch.float32]
 
 
 # --------------------------------------------------------------------------------------------------------------- whole

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speed3r_ros.kernels import qkv as module
-from speed3r_ros.kernels.qkv import prepare_tokens, prepare_tokens_reference
+from speed3r_ros.kernels.qkv import normalise_and_rotate, prepare_tokens, prepare_tokens_reference
 from speed3r_ros.model.network import GlobalBlock
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -135,7 +135,8 @@ def test_keys_and_values_go_into_their_slot_alone(run):
         torch.tensor([2], device=DEVICE),
     )
     expected = prepare_tokens_reference(*arguments)
-    out = run(*arguments, slot)
+    out = run(arguments[0].requires_grad_(), *arguments[1:], slot)
+    assert not slot.fine.requires_grad and not slot.pooled.requires_grad
     for i, (a, b) in enumerate(zip(out, expected)):
         if i in (0, 3):
             torch.testing.assert_close(a, b)
@@ -151,3 +152,9 @@ def test_wrong_shapes_are_named():
         prepare_tokens(arguments[0][:, :-1], *arguments[1:])
     with pytest.raises(ValueError, match="rotary"):
         prepare_tokens(*arguments[:5], arguments[3], *arguments[6:])
+    with pytest.raises(ValueError, match="rotary"):
+        normalise_and_rotate(*arguments[:4], arguments[4][:, 1:])
+    with pytest.raises(ValueError, match="slot"):
+        prepare_tokens(torch.cat([arguments[0]] * 2), *arguments[1:], module.Slot(*torch.zeros(3)))
+    with pytest.raises(ValueError, match="norms"):
+        normalise_and_rotate(*arguments[:2], arguments[2][1:], *arguments[3:5])

@@ -74,6 +74,18 @@ def test_gradients_are_the_references(branch, gamma, sizes, monkeypatch):
 
 
 @needs_kernels
+def test_strided_arguments_are_read_as_what_they_hold():
+    apart = [torch.randn(*shape, 2, device=DEVICE)[..., 0] for shape in ((3, 7, 20), (3, 7, 20), (20,), (20,), (20,))]
+    grads, weights = [], [torch.randn(20, 3, 7, device=DEVICE).permute(1, 2, 0) for _ in range(2)]
+    for run, convert in ((residual.AddNorm.apply, list), (add_norm_reference, double)):
+        leaves = [x.detach().requires_grad_() for x in convert(apart)]
+        results = run(*leaves[:4], 1e-6, leaves[0].dtype, leaves[4])
+        grads.append([*results, *torch.autograd.grad(results, leaves, convert(weights))])
+    for a, b in zip(*grads):
+        assert (a.double() - b).norm() < 1e-5 * b.norm()
+
+
+@needs_kernels
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradient_of_one_result_alone(used, monkeypatch):
     monkeypatch.setattr(qkv, "on_kernels", lambda _: True)
