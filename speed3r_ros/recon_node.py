@@ -548,6 +548,7 @@ def spare_the_allocator() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc only
         mallopt(M_TRIM_THRESHOLD, 2**28)
         mallopt(M_MMAP_THRESHOLD, 2**25)  # its greatest
+    gc.collect()
     gc.freeze()
 
 
