@@ -440,15 +440,16 @@ class ReconNode(Node):
             )
         if estimate.depth is None:
             return
-        depth = valid_depth(estimate, config)
-        height, width = depth.shape
+        height, width = estimate.depth.shape
         if self.depth_info_pub.get_subscription_count():
             self.depth_info_pub.publish(convert.info_from_K(estimate.K, width, height, stamp, answer.frame_id))
-        if self.depth_pub.get_subscription_count():
+        to_depth, to_points = (pub.get_subscription_count() for pub in (self.depth_pub, self.points_pub))
+        depth = valid_depth(estimate, config) if to_depth or to_points else None
+        if to_depth:
             self.depth_pub.publish(convert.array_to_image(depth, stamp, answer.frame_id))
         if self.confidence_pub.get_subscription_count():
             self.confidence_pub.publish(convert.array_to_image(estimate.confidence, stamp, answer.frame_id))
-        if self.points_pub.get_subscription_count():
+        if to_points:
             rows, _ = cloud(estimate, depth, config.points.max)
             self.points_pub.publish(convert.points_message(rows, stamp, answer.frame_id))
         if estimate.is_keyframe:
