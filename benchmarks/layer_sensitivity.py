@@ -18,8 +18,9 @@ import torch
 from strategies import sequence
 from torch import Tensor
 
+from speed3r_ros.model.backbones.checkpoints import SINGLE_VIEW
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
-from speed3r_ros.model.backbones.registry import BACKBONES, SINGLE_VIEW, load_backbone
+from speed3r_ros.model.backbones.registry import BACKBONES, load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction, invert
 from speed3r_ros.model.spark3r import Spark3R, probe
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from speed3r_ros.model.attention import Strategy
 from speed3r_ros.model.backbones.blocks import LayerScale
+from speed3r_ros.model.backbones.checkpoints import SINGLE_VIEW
 from speed3r_ros.model.backbones.da3 import Da3, Da3Config
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Speed3RPi3
-from speed3r_ros.model.backbones.registry import BACKBONES, SINGLE_VIEW, build_backbone, load_backbone
+from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig

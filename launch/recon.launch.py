@@ -18,6 +18,8 @@ from launch_ros.substitutions import FindPackageShare
 PROFILE_VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")  # to Jazzy, from Kilted on
 # Arguments that set a parameter of the node when they are given; without them params_file decides.
 PARAMETERS = {
+    "model": "engine.model",
+    "attention": "engine.attention",
     "image_transport": "input.image_transport",
     "base_frame": "frames.base",
     "odom_frame": "frames.odom",
@@ -43,6 +45,8 @@ def arguments() -> list[DeclareLaunchArgument]:
         ),
         DeclareLaunchArgument("image", default_value="image", description="camera image topic, without /compressed"),
         DeclareLaunchArgument("camera_info", default_value="camera_info", description="topic of the intrinsics"),
+        DeclareLaunchArgument("model", default_value="", description=f"network, see params_file; {kept}"),
+        DeclareLaunchArgument("attention", default_value="", description=f"attention across frames; {kept}"),
         DeclareLaunchArgument(
             "image_transport",
             default_value="",

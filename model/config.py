@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, SINGLE_VIEW
+
 
 def setting(
     default: Any,
@@ -43,7 +45,14 @@ def check(config: Any, prefix: str = "") -> None:
 class EngineConfig:
     """The streaming engine: which network, and how much of the past it keeps."""
 
-    weights: str = setting("compact", "name of shipped weights, or a folder of safetensors shards")
+    model: str = setting(
+        "compact",
+        "compact, the network that ships with the package, or a published backbone",
+        choices=("compact", *(name for name in CHECKPOINTS if name not in SINGLE_VIEW)),
+    )
+    weights: str = setting(
+        "", "path of the model's weights; empty = those that ship, or the copy that `speed3r weights fetch` made"
+    )
     attention: str = setting("speed3r", "global attention strategy", choices=("speed3r", "dense"))
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = setting(

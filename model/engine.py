@@ -130,10 +130,14 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None, network: Network | None = None) -> None:
         self.config = config or EngineConfig()
         check(self.config, "engine.")
+        if self.config.model != "compact":
+            raise ValueError(f"engine.model = {self.config.model!r}: only compact streams so far; use compact")
         self.device, self.dtype = select_device(self.config)
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        self.network = (network or weights.load(self.config.weights)).to(self.device).precision(self.dtype).eval()
+        self.network = (
+            (network or weights.load(self.config.weights or "compact")).to(self.device).precision(self.dtype).eval()
+        )
         self._spare = [self._new_memory(), self._new_memory()]
         self._graphs = self._capture() if self.device.type == "cuda" else {}
         self.reset()

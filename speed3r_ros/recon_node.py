@@ -155,7 +155,7 @@ class ReconNode(Node):
         self._create_inputs()
         engine = self.pipeline.engine
         self.get_logger().info(
-            f"ready: {self.config.engine.weights} weights on {engine.device}, {str(engine.dtype).removeprefix('torch.')}, "
+            f"ready: {self.config.engine.model} on {engine.device}, {str(engine.dtype).removeprefix('torch.')}, "
             f"{self.config.engine.attention} attention; scale factor {self.config.scale.factor:g}"
             + ("" if self.config.scale.factor != 1 else " (monocular: lengths are in units of the model, not metres)")
         )
@@ -525,7 +525,7 @@ class ReconNode(Node):
             "scale": "unknown (monocular)" if factor == 1 else f"fixed factor {factor:g}",
             "map_points": len(self.pipeline.point_map),
             "intrinsics": "known" if self._camera[1] is not None else "unknown",
-            "weights": self.config.engine.weights,
+            "model": self.config.engine.model,
             "device": str(self.pipeline.engine.device),
         }
         stamp = ns_to_stamp(self.get_clock().now().nanoseconds)

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch" / "recon.launch.py"
 TREE = ast.parse(LAUNCH.read_text())
 ARGUMENTS = {
+    "model",
+    "attention",
     *("params_file", "image", "camera_info", "image_transport", "namespace", "use_sim_time", "rviz", "bag", "bag_rate"),
     *("bag_delay", "base_frame", "odom_frame", "map_frame", "publish_tf", "log_level", "fastdds_profile"),
 }

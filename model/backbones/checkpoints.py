@@ -70,6 +70,8 @@ CHECKPOINTS = {
     "da3-mono": Checkpoint("depth-anything/DA3MONO-LARGE", APACHE, 1_336_685_576, exact=False),
 }
 
+SINGLE_VIEW = ("da3-metric", "da3-mono")  # they have no attention across views
+
 
 def notice(name: str) -> str:
     """The line to show at every start with the backbone `name`, or "" when its licence allows any use."""

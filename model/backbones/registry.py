@@ -34,8 +34,6 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "da3-mono": Da3Mono,
 }
 
-SINGLE_VIEW = ("da3-metric", "da3-mono")  # they have no attention across views
-
 
 def build_backbone(name: str, device: torch.device | str = "cpu") -> nn.Module:
     """The backbone in its published size with random weights, in evaluation mode. ValueError on an unknown name."""
