@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
+from speed3r_ros.kernels.residual import add
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
-from speed3r_ros.model.network import compute_dtype, norm_sum
+from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum
 from speed3r_ros.model.quantised import Fp8Linear, fp8_units
 from speed3r_ros.model.strategies import strategy_for
 
@@ -190,7 +191,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., out)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(linear_gelu(self.fc1, x))
 
 
 class SwiGlu(nn.Module):
@@ -295,10 +296,8 @@ class Block(nn.Module):
         """Residual (F, L, C) and attention output (F, H, L, D) -> output (F, L, C), over x where no gradients are recorded."""
         branch = self.attn.proj(attended.transpose(1, 2).flatten(2))
         total, h = norm_sum(self.norm2, x, branch, attended.dtype, getattr(self.ls1, "gamma", None))
-        branch, out = self.mlp(h), None if torch.is_grad_enabled() else x
-        if isinstance(self.ls2, LayerScale):
-            return torch.addcmul(total, branch, self.ls2.gamma, out=out)
-        return torch.add(total, branch, out=out)
+        out = None if torch.is_grad_enabled() else x
+        return add(total, self.mlp(h), getattr(self.ls2, "gamma", None), out)
 
     def forward(self, x: Tensor, tables: Tables | None = None, mask: Tensor | None = None) -> Tensor:
         """Attention inside each frame: (F, L, C) -> (F, L, C), over x where no gradients are recorded.

@@ -300,7 +300,7 @@ class Pi3(nn.Module):
         return Reconstruction(points[..., 2], points, conf.sigmoid(), pose, raw=raw)
 
     def forward(
-        self, images: Tensor, *, attention: str | Strategy | None = None, top_k: int = 32, chunk: int = 32
+        self, images: Tensor, *, attention: str | Strategy | None = None, top_k: int = 32, chunk: int = 128
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, up to one scale per sequence.
 
