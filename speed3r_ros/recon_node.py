@@ -156,7 +156,7 @@ class ReconNode(Node):
         engine = self.pipeline.engine
         self.get_logger().info(
             f"ready: {self.config.engine.model} on {engine.device}, {str(engine.dtype).removeprefix('torch.')}, "
-            f"{self.config.engine.attention} attention; scale factor {self.config.scale.factor:g}"
+            f"{self.config.engine.strategy} attention; scale factor {self.config.scale.factor:g}"
             + ("" if self.config.scale.factor != 1 else " (monocular: lengths are in units of the model, not metres)")
         )
 

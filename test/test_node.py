@@ -530,7 +530,7 @@ def test_extrinsics_from_tf(rig):
     "parameter, says",
     [
         ("engine.window:=0", "engine.window = 0: must be in"),
-        ("engine.attention:=flash", "choose one of speed3r, dense"),
+        ("engine.attention:=flash", "choose one of auto, speed3r, dense"),
         ("engine.windw:=3", "did you mean 'engine.window'"),
         ("frames.base_to_camera:='1 2 3'", "expected `x y z qx qy qz qw`"),
         ("engine.weights:=nowhere", "no weights 'nowhere'"),
