@@ -140,7 +140,9 @@ class Encoder(DinoV2):
                 chosen = reference_view(x[:, 0].unflatten(0, (-1, views)), reference)
             if i == start:
                 if camera is None:
-                    is_reference = sight.first if sight is not None else torch.arange(views, device=x.device) == chosen[:, None]
+                    is_reference = (
+                        sight.first if sight is not None else torch.arange(views, device=x.device) == chosen[:, None]
+                    )
                     camera = self._camera_tokens(is_reference.expand(len(x) // views, -1))
                 x[:, 0] = camera.flatten(0, 1)
             if start is not None and i >= start and i % 2:
