@@ -2,9 +2,11 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -259,3 +261,32 @@ def test_absent_weights_are_said_before_torch_is_loaded(folder, tmp_path):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "weights pi3 are not on this machine; run `speed3r weights fetch pi3`" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_node_streams_a_checkpoint_and_logs_its_licence(tmp_path):
+    pytest.importorskip("rclpy", reason="waits for a ROS 2 installation or the rclpy wheels")
+    path = tmp_path / "model.safetensors"
+    save_file(tiny_backbone("pi3").state_dict(), path)
+    script = (
+        "import sys; from tiny_backbones import BACKBONES; from speed3r_ros.model.backbones import registry; "
+        "registry.BACKBONES['pi3'] = BACKBONES['pi3']; from speed3r_ros.recon_node import main; sys.exit(main(sys.argv))"
+    )
+    settings = dict(model="pi3", attention="speed3r", weights=path, height=56, width=112, device="cpu")
+    parameters = [word for name, value in settings.items() for word in ("-p", f"engine.{name}:={value}")]
+    tests = Path(__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "--ros-args", *parameters],
+        env=os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "ready:" in line:
+            process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0, "".join(lines)
+    notices = [line for line in lines if "CC BY-NC 4.0, non-commercial use only" in line]
+    assert len(notices) == 1 and "[WARN]" in notices[0] and "[speed3r]" in notices[0]
+    assert "ready: pi3 on cpu, float32, speed3r attention" in lines[-1]
