@@ -11,7 +11,7 @@ from speed3r_ros.model.streaming import StreamingNetwork
 
 
 class GraphedStep:
-    """A network's `step` on a fixed memory, replayed. Launching hundreds of small kernels one by one takes longer than running them.
+    """A network's `step` on a fixed memory, replayed. Launching hundreds of small kernels takes longer than running them.
 
     The memory is cleared by the capture. Raises RuntimeError when the capture fails.
     """

@@ -447,7 +447,7 @@ class Da3Nested(MultiView):
 
     @staticmethod
     def _scale(depth: Tensor, metres: Tensor, confidence: Tensor, sky: Tensor) -> Tensor:
-        """Metres per unit of one sequence by least squares over its confident pixels; 1 where there are none. (N, H, W) each."""
+        """Metres per unit of one sequence, by least squares over confident pixels; 1 without any. (N, H, W) each."""
         good = (confidence >= quantile(confidence, 0.5, ~sky)) & ~sky & (metres > 0.01) & (depth > 1e-3)
         scale = (metres * depth).where(good, 0).sum() / depth.square().where(good, 0).sum()
         return scale.where(good.any(), 1)

@@ -7,8 +7,6 @@ computes under the same `Sight`. Backbones that learnt to see all views at once 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Prediction, compute_dtype
 from speed3r_ros.model.strategies import strategy_for
 
-NOMINAL_SIGMA = 0.05, 0.02  # of t in units of mean depth, of R in rad: no backbone predicts its errors
+SIGMA_T, SIGMA_R = 0.05, 0.02  # assumed, times the median depth and in rad: no backbone predicts the error of its poses
 
 
 class Incremental(nn.Module):
@@ -32,7 +30,6 @@ class Incremental(nn.Module):
         super().__init__()
         self.backbone, self.input_size = backbone, size
         self.grid = patch_grid(*backbone.working_size(*size))
-        self.register_buffer("log_sigma", torch.tensor([[[math.log(x) for x in NOMINAL_SIGMA]]]), persistent=False)
 
     def precision(self, dtype: torch.dtype) -> Incremental:
         """Run the backbone's matrix products in `dtype`: see its `precision`."""
@@ -78,4 +75,6 @@ class Incremental(nn.Module):
         points, depth = out.points.movedim(-1, 2), out.depth.unsqueeze(2)
         if rays is not None:
             points = torch.where(known, torch.cat([rays * depth, depth], 2), points)
-        return Prediction(points, out.confidence.logit(), T[..., :3, :3], T[..., :3, 3], self.log_sigma)
+        median = out.depth.flatten(2).median(-1).values
+        log_sigma = torch.stack([SIGMA_T * median, torch.full_like(median, SIGMA_R)], -1).log()
+        return Prediction(points, out.confidence.logit(), T[..., :3, :3], T[..., :3, 3], log_sigma)
