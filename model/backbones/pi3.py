@@ -33,6 +33,7 @@ from speed3r_ros.model.backbones.blocks import (
     rotary,
     rotate,
     set_precision,
+    tf32_products,
 )
 from speed3r_ros.model.backbones.dpt import view_plane
 from speed3r_ros.model.backbones.results import (
@@ -217,7 +218,8 @@ class Pi3(MultiView):
         self.point_head, self.conf_head = LinearHead(self.config.channels, 3), LinearHead(self.config.channels, 1)
 
     def precision(self, dtype: torch.dtype | str) -> Pi3:
-        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
+        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32,
+        the heads' products with TF32 beside 16 bits."""
         set_precision(self, dtype, ("point_head", "conf_head", "camera_head"))
         return self
 
@@ -288,7 +290,8 @@ class Pi3(MultiView):
             decoder(x, tables)[:, self.specials :]
             for decoder in (self.point_decoder, self.conf_decoder, self.camera_decoder)
         )
-        return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
+        with tf32_products(self._rounded != torch.float32):  # what they read was rounded to fewer bits
+            return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
 
     def assemble(
         self, decoded: tuple[Tensor, Tensor], views: int, grid: tuple[int, int], size: tuple[int, int], chunk: int
@@ -316,7 +319,7 @@ class Pi3(MultiView):
         *,
         attention: str | Strategy | None = None,
         top_k: int = 32,
-        chunk: int = 32,
+        chunk: int = 128,
         sight: Sight | None = None,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, up to one scale per sequence.
