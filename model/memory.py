@@ -201,3 +201,7 @@ class Sight:
         if self.memory is not None:
             return self.memory.first
         return torch.arange(self.fine.shape[1], device=self.fine.device) == 0
+
+    def of_first(self, name: str, value: Tensor) -> Tensor:
+        """What `value`, computed from the call's first frame, was at the first frame of all: see `Memory.of_first`."""
+        return value if self.memory is None else self.memory.of_first(name, value)

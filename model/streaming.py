@@ -14,7 +14,7 @@ from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Prediction
 
-BACKBONE_SIZE = 392, 504  # default (h, w): the long side that these were trained with, and whole blocks of 56 pixels
+BACKBONE_SIZE = 392, 504  # default (h, w): whole blocks of 56 pixels, about the resolution of their papers
 ADAPTERS = {"incremental": Incremental}  # how backbones stream
 
 

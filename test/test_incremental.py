@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_backbones import BACKBONES, tiny_backbone
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from speed3r_ros import cli
 from speed3r_ros.mapping.trajectory import read_tum
@@ -82,6 +84,20 @@ def test_parallel_equals_recurrent(family, attention, limits):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
+def test_sixteen_bits_are_those_of_the_weights(family):
+    """All blocks are selected, so that rounding changes no choice."""
+    model, images = tiny_backbone(family), torch.rand(3, 3, *SIZE)
+    network = Incremental(model, SIZE)
+    exact = {name: stream(network, images, LARGE, [True] * 3, name, top_k=64) for name in ("dense", "speed3r")}
+    network.precision(torch.bfloat16)
+    assert network.new_memory(*LARGE, "dense").slot(0).fine.dtype == torch.bfloat16
+    for attention, expected in exact.items():
+        for a, b in zip(stream(network, images, LARGE, [True] * 3, attention, top_k=64), expected):
+            assert a.points.dtype == torch.float32 and relative_error(a.points, b.points) < 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
 def test_memory_is_flat_and_time_leaves_no_trace(family):
     """A scene that stands still: the same frame gives the same answer however many were dropped, at the same addresses."""
     network = Incremental(tiny_backbone(family), (56, 56))
@@ -107,17 +123,29 @@ def test_memory_is_flat_and_time_leaves_no_trace(family):
     assert [x.data_ptr() for x in tensors] == addresses and memory.bytes == size
 
 
+class OnOneDevice(TorchDispatchMode):
+    """Fails where a tensor from elsewhere, such as a constant on the CPU, takes part."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        for x in tree_leaves((arguments, options)):
+            assert not isinstance(x, torch.Tensor) or x.device.type == "meta", f"{function} reads {x.device}"
+        return function(*arguments, **(options or {}))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
 def test_a_step_asks_nothing_of_the_host(family, monkeypatch):
     """Tensors without values stand in for those that a CUDA graph would hold: reading one raises."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # it knows no device of this kind
     network = Incremental(tiny_backbone(family), SIZE).to("meta")
-    memory = network.new_memory(*SMALL, "speed3r")
     image, rays, known = (torch.empty(shape, device="meta") for shape in ((3, *SIZE), (2, *SIZE), (1,)))
     for attention in ("dense", "speed3r"):
-        with torch.inference_mode():
+        memory = network.new_memory(*SMALL, attention)
+        with OnOneDevice():
             out = network.step(image, memory, rays, attention, 3, known.bool())
         assert out.points.shape == (1, 1, 3, *SIZE) and out.R.shape == (1, 1, 3, 3) and out.t.shape == (1, 1, 3)
+    with pytest.raises(AssertionError, match="reads cpu"), OnOneDevice():
+        image.new_tensor([1.0, 2.0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -140,9 +140,8 @@ class Encoder(DinoV2):
                 chosen = reference_view(x[:, 0].unflatten(0, (-1, views)), reference)
             if i == start:
                 if camera is None:
-                    is_reference = (
-                        sight.first if sight is not None else torch.arange(views, device=x.device) == chosen[:, None]
-                    )
+                    number = torch.arange(views, device=x.device)
+                    is_reference = number == chosen[:, None] if sight is None else sight.first
                     camera = self._camera_tokens(is_reference.expand(len(x) // views, -1))
                 x[:, 0] = camera.flatten(0, 1)
             if start is not None and i >= start and i % 2:
@@ -429,12 +428,10 @@ class Da3Nested(MultiView):
         out = self.model.da3(images, T_world_cam, K, **options)
         metres, sky = self.model.da3_metric(images, chunk)
         metres, sky = metres * focal(out.K) / 300, sky >= SKY
-        asked = slice(None if sight is None else 1)
-        scale = torch.stack(
-            [self._scale(*(y[asked] for y in x)) for x in zip(out.depth, metres, out.raw["depth_conf"], sky)]
-        )
-        if sight is not None and sight.memory is not None:
-            scale = sight.memory.of_first("metric", scale)
+        asked = [y if sight is None else y[:, :1] for y in (out.depth, metres, out.raw["depth_conf"], sky)]
+        scale = torch.stack([self._scale(*x) for x in zip(*asked)])
+        if sight is not None:
+            scale = sight.of_first("metric", scale)
         scaled = out.depth * scale[:, None, None, None]
         depth = torch.stack([fill_sky(d, s, 200.0) for d, s in zip(scaled, sky)])
         T = rigid(out.T_world_cam[..., :3, :3], out.T_world_cam[..., :3, 3] * scale[:, None, None])

@@ -560,12 +560,10 @@ class Pi3X(Pi3):
 
         decoded = self.decode(x, views, grid, attention, top_k, chunk, inject, sight)
         out = self.assemble(decoded, views, grid, size, chunk)
-        if sight is not None:
-            decoded = tuple(y.unflatten(0, (b, views))[:, 0] for y in decoded)
-        metric = self._metric(decoded, views if sight is None else 1, grid, chunk)
-        if sight is not None and sight.memory is not None:
-            metric = sight.memory.of_first("metric", metric)
-        return self._scaled(out, metric)
+        if sight is None:
+            return self._scaled(out, self._metric(decoded, views, grid, chunk))
+        first = tuple(y.unflatten(0, (b, views))[:, 0] for y in decoded)
+        return self._scaled(out, sight.of_first("metric", self._metric(first, 1, grid, chunk)))
 
     def state(self, slots: int) -> dict[str, tuple[int, ...]]:
         """See `MultiView.state`."""
