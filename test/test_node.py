@@ -535,7 +535,6 @@ def test_extrinsics_from_tf(rig):
         ("frames.base_to_camera:='1 2 3'", "expected `x y z qx qy qz qw`"),
         ("engine.weights:=nowhere", "no weights 'nowhere'"),
         ("engine.model:=pi3", "run `speed3r weights fetch pi3`"),
-        ("engine.height:=392", "run at 168; give that or 0"),
     ],
 )
 def test_wrong_parameters_end_the_node_with_one_line(parameter, says, tmp_path):
