@@ -23,6 +23,7 @@ from speed3r_ros.camera import Camera
 from speed3r_ros.config import Config, load_yaml, parse_value, settings, with_values
 from speed3r_ros.mapping.files import folder_written_whole
 from speed3r_ros.mapping.trajectory import Trajectory
+from speed3r_ros.model.backbones.checkpoints import checkpoint_file
 from speed3r_ros.model.types import Estimate, Frame, Tracking
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly, summary
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=positive, default=1, metavar="N", help="use every Nth frame")
     parser.add_argument("--max-frames", type=positive, metavar="N", help="stop after N frames")
     parser.add_argument("--no-bag", dest="bag", action="store_false", help="do not write the messages to DIR/bag")
+    parser.add_argument("--model", metavar="NAME", help="the network, short for --set engine.model=NAME")
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings, as for the node")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, e.g. engine.window=8; repeatable"
@@ -61,12 +63,16 @@ def run(options: argparse.Namespace) -> int:
     """0; 1 or, for wrong usage, 2 after one line that says what is wrong; 130 when interrupted, with nothing written."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        config = read_settings(options.config, options.set)
+        chosen = [f"engine.model={options.model}"] if options.model else []
+        config = read_settings(options.config, chosen + options.set)
         check_destination(options.out, options.overwrite, Path(options.input))
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 2
     try:
+        engine = config.engine
+        if engine.model != "compact":  # said at once
+            checkpoint_file(engine.model, engine.weights or None)
         from speed3r_ros.pipeline import Pipeline
 
         source = open_source(options.input, options.topic)
