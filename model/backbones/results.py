@@ -46,6 +46,13 @@ def invert(T: Tensor) -> Tensor:
     return rigid(R, -(R @ T[..., :3, 3:])[..., 0])
 
 
+def nearest_rotation(m: Tensor) -> Tensor:
+    """The rotations nearest to matrices (..., 3, 3), in the sense of squares."""
+    u, _, vt = torch.linalg.svd(m)
+    det = torch.linalg.det(u @ vt)
+    return torch.cat([u[..., :2], u[..., 2:] * det[..., None, None]], -1) @ vt
+
+
 def rotation_from_quaternion(q: Tensor) -> Tensor:
     """(..., 4) in the order x, y, z, w, of any length but zero -> (..., 3, 3)."""
     x, y, z, w = (q / q.norm(dim=-1, keepdim=True)).unbind(-1)
