@@ -415,8 +415,10 @@ class Da3Nested(nn.Module):
 
     @staticmethod
     def _scale(depth: Tensor, metres: Tensor, confidence: Tensor, sky: Tensor) -> Tensor:
-        """Metres per unit of one sequence by least squares over its confident pixels; 1 where all is sky. (N, H, W) each."""
+        """Metres per unit of one sequence by least squares over its confident pixels, of which depth is at least 1 cm in
+        metres and 1e-3 in units; 1 where there are none. (N, H, W) each."""
         if sky.all():
             return depth.new_ones(())
         good = (confidence >= quantile(confidence[~sky], 0.5)) & ~sky & (metres > 0.01) & (depth > 1e-3)
-        return (metres * depth)[good].sum() / depth[good].square().sum()
+        square = depth[good].square().sum()
+        return torch.where(square > 0, (metres * depth)[good].sum() / square, 1)
