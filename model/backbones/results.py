@@ -29,7 +29,10 @@ class Reconstruction:
     raw: dict[str, Tensor] = field(default_factory=dict)
 
     def world_points(self) -> Tensor:
-        """`points` in the world's frame, (B, N, H, W, 3)."""
+        """`points` in the world's frame, (B, N, H, W, 3). ValueError where points or poses are None."""
+        missing = [name for name in ("points", "T_world_cam") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"no world_points without {' and '.join(missing)}: take a backbone for several views")
         R, t = self.T_world_cam[..., :3, :3], self.T_world_cam[..., :3, 3]
         return torch.einsum("bnij,bnhwj->bnhwi", R, self.points) + t[:, :, None, None]
 
