@@ -5,6 +5,7 @@ import pytest
 import torch
 from goldens import Golden, images, published, tiny
 
+from speed3r_ros.model.attention import Speed3R
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 
@@ -84,6 +85,25 @@ def test_selecting_all_blocks_equals_dense_attention():
     torch.testing.assert_close(sparse.depth, dense.depth, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sparse.T_world_cam, dense.T_world_cam, rtol=1e-4, atol=1e-4)
     assert (model(x, attention="speed3r", top_k=1).depth - dense.depth).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.inference_mode()
+def test_speed3r_always_shows_the_first_view_and_every_100th(causal, monkeypatch):
+    """As published; what that means is tested with the strategy."""
+    calls, attend = [], Speed3R.__call__
+
+    def recorded(self, q, k, v, fine, coarse, specials, top_k, layer):
+        calls.append((layer.always.tolist(), specials, fine.table))
+        return attend(self, q, k, v, fine, coarse, specials, top_k, layer)
+
+    monkeypatch.setattr(Speed3R, "__call__", recorded)
+    aggregator = golden_model(causal).aggregator
+    aggregator(torch.randn(201, 16, 128), 201, (4, 4), (3,), "speed3r", 1, causal=causal)
+    assert len(calls) == 4
+    for always, specials, table in calls:
+        assert always == [0, 100, 200] and specials == 5
+        assert table[0, 150].tolist() == [not causal or n <= 150 for n in range(201)]
 
 
 @torch.inference_mode()

@@ -325,7 +325,7 @@ class AcrossViews:
 
     views: N. specials: S. attention: see `model.strategies`. top_k: blocks that a query block attends to. chunk: frames per
     turn of everything but the attention. tables, pooled: rotary tables of the tokens and of the blocks. visible: which views
-    a view sees. unmasked: all of them. sensitive: layers that bear few keys badly (Spark3R).
+    a view sees. unmasked: all of them. sensitive: layers that bear few keys badly (Spark3R). always: see `Layer`.
     """
 
     views: int
@@ -338,6 +338,7 @@ class AcrossViews:
     visible: Visible
     unmasked: bool
     sensitive: frozenset[int]
+    always: Tensor | None
 
     @staticmethod
     def of(
@@ -351,6 +352,7 @@ class AcrossViews:
         sensitive: frozenset[int] = frozenset(),
         rounded: torch.dtype = torch.float32,
         causal: bool = False,
+        always: Tensor | None = None,
     ) -> AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
@@ -363,7 +365,9 @@ class AcrossViews:
         table = torch.ones(1, views, views, dtype=torch.bool, device=at.device)
         visible = Visible(table.tril() if causal else table)
         tables = rotary(at, width, rounded)
-        return AcrossViews(views, specials, strategy, top_k, chunk, tables, pooled, visible, not causal, sensitive)
+        return AcrossViews(
+            views, specials, strategy, top_k, chunk, tables, pooled, visible, not causal, sensitive, always
+        )
 
     def sequences(self, x: Tensor) -> Tensor:
         """(F, H, X, D) -> (B, H, N * X, D), a view."""
@@ -384,7 +388,7 @@ class AcrossViews:
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
         linear = getattr(block.attn, "proj_lin", None)
-        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear)
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always)
         out = self.attention(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)

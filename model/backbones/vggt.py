@@ -36,6 +36,8 @@ from speed3r_ros.model.backbones.results import (
 from speed3r_ros.model.backbones.tracker import TrackerConfig, TrackHead
 from speed3r_ros.model.spark3r import sensitive_layers
 
+ALWAYS_EVERY = 100  # views, of which Speed3R shows the first, the reference, to all queries (section 3)
+
 
 @dataclass(frozen=True)
 class VggtConfig:
@@ -98,8 +100,9 @@ class Aggregator(nn.Module):
         x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, views), x], 1))
         width = self.config.channels // self.config.heads
         sensitive = sensitive_layers("vggt", len(self.global_blocks))
+        always = torch.arange(0, views, ALWAYS_EVERY, device=x.device)
         across = AcrossViews.of(
-            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, causal=causal
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, causal=causal, always=always
         )
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
