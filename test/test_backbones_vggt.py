@@ -99,11 +99,11 @@ def test_speed3r_always_shows_the_first_view_and_every_100th(causal, monkeypatch
 
     monkeypatch.setattr(Speed3R, "__call__", recorded)
     aggregator = golden_model(causal).aggregator
-    aggregator(torch.randn(201, 16, 128), 201, (4, 4), (3,), "speed3r", 1, causal=causal)
+    aggregator(torch.randn(101, 16, 128), 101, (4, 4), (3,), "speed3r", 1, causal=causal)
     assert len(calls) == 4
     for always, specials, table in calls:
-        assert always == [0, 100, 200] and specials == 5
-        assert table[0, 150].tolist() == [not causal or n <= 150 for n in range(201)]
+        assert always == [0, 100] and specials == 5
+        assert table[0, 50].tolist() == [not causal or n <= 50 for n in range(101)]
 
 
 @torch.inference_mode()
