@@ -160,7 +160,7 @@ class Speed3R(Strategy):
 def choose_beside(
     always: Tensor, q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """`coarse_attention` whose choice begins with all blocks of the frames in `always`, and then has the best of the others."""
+    """`coarse_attention` whose choice is all blocks of the frames `always`, and the best of the others."""
     others = Visible(fine.table.index_fill(2, always, False))
     compressed, index = coarse_attention(q, k, v, coarse, others, top_k)
     blocks = q.shape[2] // fine.table.shape[1]

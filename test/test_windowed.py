@@ -1,4 +1,4 @@
-"""Streaming in windows: equal to the offline run, free of the backbone's gauge, bounded, and exact with an exact backbone."""
+"""Streaming in windows: equal to the offline run, whatever the gauge, bounded, exact with an exact backbone."""
 
 import gc
 
@@ -137,7 +137,7 @@ def test_a_long_path_through_many_windows_is_recovered():
 @pytest.mark.parametrize("name", [*ACROSS_VIEWS, "streamvggt"])
 @torch.inference_mode()
 def test_with_all_frames_and_no_drift_a_step_is_the_offline_run(name):
-    """The frames before are given the offline run's geometry, in a random gauge: that is where the new frame must land."""
+    """The frames before are given the offline run's geometry, in a random gauge: there must the new one land."""
     model, count = tiny_backbone(name), 5
     network = Windowed(model, SIZE)
     images = torch.rand(count, 3, *SIZE)

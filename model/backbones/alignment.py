@@ -1,4 +1,4 @@
-"""Alignment of a backbone's run to the map's gauge by the views that both hold: closed forms, on the device, branch-free.
+"""Alignment of a backbone's run to the map's gauge by the views that both hold: closed forms, no branches.
 
 Everything is float64. T takes camera coordinates (OpenCV axes) to the world's.
 """
@@ -18,7 +18,7 @@ OUTLIER = 2.5 * 1.4826  # times the median residual: 2.5 standard deviations of 
 
 @dataclass(frozen=True)
 class Views:
-    """N views in one gauge. T: (N, 4, 4) camera-to-world. depth, confidence in [0, 1]: (N, M) at the same M pixels of each."""
+    """N views in one gauge. T: (N, 4, 4) camera-to-world. depth, confidence in [0, 1]: (N, M), at M pixels of each."""
 
     T: Tensor
     depth: Tensor
@@ -29,7 +29,8 @@ class Views:
 class Similarity:
     """x -> scale R x + t. scale: (), R: (3, 3), t: (3,).
 
-    spread: (2,) root mean square of what the views that count still differ by: position over depth, and rotation in rad.
+    spread: (2,) root mean square of what the views that count still differ by: position over depth, and rotation in
+    rad.
     """
 
     scale: Tensor
@@ -38,7 +39,7 @@ class Similarity:
     spread: Tensor
 
     def of(self, T: Tensor) -> Tensor:
-        """Camera-to-world poses (..., 4, 4) of the source's gauge in the target's; their rotations are made orthonormal."""
+        """Camera-to-world poses (..., 4, 4) of the source's gauge in the target's, with orthonormal rotations."""
         return rigid(nearest_rotation(self.R @ T[..., :3, :3]), self.scale * T[..., :3, 3] @ self.R.mT + self.t)
 
 
@@ -60,11 +61,11 @@ def median_depth(views: Views) -> Tensor:
 
 
 def relative_scale(source: Views, target: Views) -> Tensor:
-    """The target's unit in the source's, (): weighted median of the logarithms of what both measured, robust to outliers.
+    """Lengths of the target over the source's, (): weighted median of the ratios of what both measured.
 
     Each view gives the median ratio of its depths, with its confidence as weight; each pair of views the ratio of its
-    baselines, with a weight that falls with the baseline over the depth: standing still or turning on the spot, the depths
-    alone decide. All pairs together weigh at most half of all views.
+    baselines, with a weight that falls with the baseline over the depth: standing still or turning on the spot, the
+    depths alone decide. All pairs together weigh at most half of all views.
     """
     views = len(source.T)
     confidence = source.confidence * target.confidence
@@ -80,10 +81,11 @@ def relative_scale(source: Views, target: Views) -> Tensor:
 def align(source: Views, target: Views, with_scale: bool = True) -> Similarity:
     """The similarity that takes the source's views, at least one, to the same views in the target's gauge.
 
-    A pose alone fixes rotation and translation once the scale is known, whatever the motion. So every view proposes, the
-    proposal with the least median difference tells which views are outliers (least median of squares: fewer than half of
-    three or more views may be), and a closed form over the others gives the result: Umeyama's (PAMI 1991), extended by the
-    poses' rotations. It minimises the squares of position over depth and of the angle, weighted by confidence.
+    A pose alone fixes rotation and translation once the scale is known, whatever the motion. So every view proposes,
+    the proposal with the least median difference tells which views are outliers (least median of squares: fewer than
+    half of three or more views may be), and a closed form over the others gives the result: Umeyama's (PAMI 1991),
+    extended by the poses' rotations. It minimises the squares of position over depth and of the angle, weighted by
+    confidence.
 
     with_scale: False where both are in metres.
     """

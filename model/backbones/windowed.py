@@ -1,11 +1,11 @@
 """Streaming with backbones that were trained on whole sequences: the last frames are recomputed together, each time.
 
-For each new frame the backbone runs once on the window and the anchors (at most window + anchors + 1 views), and only the new
-frame's prediction is kept. The run has a gauge of its own, and mostly a scale; the views that were there before
+For each new frame the backbone runs once on the window and the anchors (at most window + anchors + 1 views), and only
+the new frame's prediction is kept. The run has a gauge of its own, and mostly a scale; the views that were there before
 (`alignment.align`) carry its result over to the segment's. What was said of past frames does not change.
 
-The memory holds whole images, not the tokens of `model.memory.Memory`: these networks' keys and values depend on all views
-of a run, so that cached ones would belong to another run.
+The memory holds whole images, not the tokens of `model.memory.Memory`: these networks' keys and values depend on all
+views of a run, so that cached ones would belong to another run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ LEAST_CONFIDENCE = 0.05
 
 
 class ImageMemory:
-    """Images of the window's frames and of the anchors, with what aligns new runs to them, in fixed storage on one device.
+    """Images of the window's frames and of the anchors, with what aligns new runs to them, in fixed storage.
 
-    Which frames stay is `Schedule`'s policy, without the bank. The segment's first frame stays if it was kept and there are
-    at least two anchors.
+    Which frames stay is `Schedule`'s policy, without the bank. The segment's first frame stays if it was kept and there
+    are at least two anchors.
     """
 
     def __init__(self, size: tuple[int, int], window: int, anchors: int, device: torch.device | str = "cpu") -> None:
@@ -110,8 +110,8 @@ def sampled(out: Reconstruction) -> Views:
 class Windowed(nn.Module):
     """A backbone for several views as a network that takes one frame at a time.
 
-    model: see `registry`. size: (h, w) of all images. ValueError if the model sees single views only, or if the size does
-    not fit it.
+    model: see `registry`. size: (h, w) of all images. ValueError if the model sees single views only, or if the size
+    does not fit it.
     """
 
     def __init__(self, model: nn.Module, size: tuple[int, int]) -> None:
@@ -150,12 +150,12 @@ class Windowed(nn.Module):
     ) -> Prediction:
         """One new frame (3, H, W) in [0, 1], for which the memory has made room.
 
-        rays: (2, H, W) of x/z, y/z per pixel, valid where known: (1,) bool is True, or None when intrinsics are unknown.
-        Where known they are the points' rays; Pi3X reads them too. attention, top_k: see `model.strategies`.
+        rays: (2, H, W) of x/z, y/z per pixel, valid where known: (1,) bool is True, or None when intrinsics are
+        unknown. Where known they are the points' rays; Pi3X reads them too. attention, top_k: see `model.strategies`.
 
-        The prediction is in the gauge of the segment's first frame; its unit is the metre if the backbone's is, else the
-        first frame's median depth. Poses are float64, there are no descriptors. log_sigma is the logarithm of what the
-        shared frames differ by after alignment (root mean square), and of `FLOOR`, both over the new frame's mean
+        The prediction is in the gauge of the segment's first frame; its unit is the metre if the backbone's is, else
+        the first frame's median depth. Poses are float64, there are no descriptors. log_sigma is the logarithm of what
+        the shared frames differ by after alignment (root mean square), and of `FLOOR`, both over the new frame's mean
         confidence. ValueError on an image or rays of another size.
         """
         for name, x, channels in (("image", image, 3), ("rays", rays, 2)):
