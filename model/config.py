@@ -69,8 +69,9 @@ class EngineConfig:
     width: int = setting(0, "likewise; 0 = 224 or 504", low=0, high=2016)
     attention: str = setting(
         "auto",
-        "global attention strategy; auto = what the model was trained with: speed3r for compact and speed3r-pi3, else dense",
-        choices=("auto", "speed3r", "dense"),
+        "global attention strategy; auto = what the model was trained with: speed3r for compact and speed3r-pi3, else dense; "
+        "the last two only with windowed streaming",
+        choices=("auto", "speed3r", "dense", "spark3r", "lite3r"),
     )
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = setting(
@@ -103,10 +104,14 @@ class EngineConfig:
 
     def check_together(self, prefix: str) -> None:
         """Raise ValueError with one line for settings that do not go together."""
+        windowed = self.model != "compact" and self.streaming == "windowed"
+        if self.strategy in ("spark3r", "lite3r") and not windowed:
+            raise ValueError(
+                f"{prefix}attention = {self.strategy!r}: works on whole sequences; use speed3r or dense, or a published "
+                f"backbone with {prefix}streaming = windowed"
+            )
         if self.model == "compact":
             return  # its sizes are those of its weights
-        if self.streaming == "windowed":
-            raise ValueError(f"{prefix}streaming = 'windowed': not there yet; use incremental")
         if self.precision == "int8":
             raise ValueError(f"{prefix}precision = 'int8': only compact runs in it; use auto, bf16 or fp32")
         step = 56 if self.strategy == "speed3r" else 14

@@ -202,6 +202,8 @@ Attend = Callable[..., Tensor]  # q, k, v, pooled q, k, v, gate of a global bloc
 class Network(nn.Module):
     """See the module's text. `forward` is the parallel form, `step` the recurrent one."""
 
+    capturable = True  # see `streaming.StreamingNetwork`
+
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or NetworkConfig()

@@ -10,16 +10,22 @@ from torch import Tensor
 from speed3r_ros.model import weights
 from speed3r_ros.model.backbones.incremental import Incremental
 from speed3r_ros.model.backbones.registry import load_backbone
+from speed3r_ros.model.backbones.windowed import Windowed
 from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Prediction
 
 BACKBONE_SIZE = 392, 504  # default (h, w): whole blocks of 56 pixels, about the resolution of their papers
-ADAPTERS = {"incremental": Incremental}  # how backbones stream
+ADAPTERS = {"incremental": Incremental, "windowed": Windowed}  # how backbones stream
 
 
 class StreamingNetwork(Protocol):
-    """A module (`torch.nn.Module`) that the engine, and one CUDA graph, can step through a stream."""
+    """A module (`torch.nn.Module`) that the engine can step through a stream.
+
+    capturable: one CUDA graph can hold every step: fixed shapes, no synchronisation with the host.
+    """
+
+    capturable: bool
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -37,8 +43,7 @@ class StreamingNetwork(Protocol):
         """One new frame (3, H, W) in [0, 1], for which `memory.admit` has made room. Batch and frame axes of the result are 1.
 
         rays: (2, H, W), x/z and y/z of each pixel, valid where known: (1,) bool is True (None = True), or None when
-        intrinsics are unknown. Fixed shapes, no synchronisation with the host; what it remembers lies in the memory. Poses
-        are in the gauge of the memory's segment.
+        intrinsics are unknown. What it remembers lies in the memory. Poses are in the gauge of the memory's segment.
         """
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from goldens import Golden, images, published, tiny
 
+from speed3r_ros.model.attention import Speed3R
 from speed3r_ros.model.backbones.incremental import Incremental
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
@@ -99,6 +100,21 @@ def test_selecting_all_blocks_equals_dense_attention():
     torch.testing.assert_close(sparse.depth, dense.depth, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sparse.T_world_cam, dense.T_world_cam, rtol=1e-4, atol=1e-4)
     assert (model(x, attention="speed3r", top_k=1).depth - dense.depth).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_speed3r_always_shows_the_first_view_and_every_100th(monkeypatch):
+    """As published; what that means is tested with the strategy."""
+    calls, attend = [], Speed3R.__call__
+
+    def recorded(self, q, k, v, fine, coarse, specials, top_k, layer):
+        calls.append((layer.always.tolist(), specials))
+        return attend(self, q, k, v, fine, coarse, specials, top_k, layer)
+
+    monkeypatch.setattr(Speed3R, "__call__", recorded)
+    aggregator = golden_model(False).aggregator
+    aggregator(torch.randn(101, 16, 128), 101, (4, 4), (3,), "speed3r", 1)
+    assert calls == [([0, 100], 5)] * 4
 
 
 @torch.inference_mode()

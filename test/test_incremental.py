@@ -21,8 +21,8 @@ from speed3r_ros import cli
 from speed3r_ros.mapping.trajectory import read_tum
 from speed3r_ros.model.backbones import registry
 from speed3r_ros.model.backbones.incremental import Incremental
-from speed3r_ros.model.backbones.pi3 import nearest_rotation
-from speed3r_ros.model.backbones.results import invert, rigid
+from speed3r_ros.model.backbones.results import invert, nearest_rotation, rigid
+from speed3r_ros.model.backbones.windowed import Windowed
 from speed3r_ros.model.config import EngineConfig, check
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.memory import Sight, visibility
@@ -179,7 +179,7 @@ def test_nearest_rotation_equals_the_singular_value_decomposition():
     expected = U @ torch.diag_embed(torch.stack([torch.ones(500), torch.ones(500), sign], -1).double()) @ Vt
     clear = S[:, 1] + sign * S[:, 2] > 1e-3  # else there is no single nearest one
     assert clear.sum() > 450
-    torch.testing.assert_close(nearest_rotation(m)[clear], expected[clear], rtol=0, atol=1e-9)
+    torch.testing.assert_close(nearest_rotation(unit)[clear], expected[clear], rtol=0, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------ the engine
@@ -220,15 +220,30 @@ def test_the_engine_streams_a_backbone_through_its_segments(family, attention):
         np.testing.assert_allclose(estimate.depth, out.points[0, 0, 2], rtol=1e-3)
 
 
+@pytest.mark.parametrize("family, attention", [("pi3", "spark3r"), ("da3", "dense")])
+def test_the_engine_streams_a_backbone_in_windows(family, attention):
+    config = EngineConfig(
+        model="pi3", streaming="windowed", attention=attention, refresh=6, keyframe_overlap=1.0, window=2, anchors=2
+    )
+    engine = Engine(config, Windowed(tiny_backbone(family), SIZE))
+    opened, segments = id(engine._segment), set()
+    for i, image in enumerate(textured(9, np.random.default_rng())):
+        estimate = engine.push(Frame(image, i))
+        segments.add(id(engine._segment))
+        assert estimate.tracking is not Tracking.LOST and estimate.depth.shape == SIZE
+        assert np.isfinite(estimate.T_world_cam).all() and np.isfinite(estimate.pose_sigma).all()
+    assert segments > {opened}
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [
         ({"height": 400}, "engine.height = 400: pi3 with dense attention needs a multiple of 14, e.g. 406, or 0"),
         ({"width": 70, "attention": "speed3r"}, "engine.width = 70: pi3 with speed3r attention needs a multiple of 56"),
         ({"model": "speed3r-pi3", "height": 14}, "needs a multiple of 56, e.g. 56, or 0"),
-        ({"attention": "spark3r"}, "engine.attention = 'spark3r': choose one of auto, speed3r, dense"),
+        ({"attention": "spark3r"}, "engine.attention = 'spark3r': works on whole sequences; use speed3r or dense"),
+        ({"model": "compact", "attention": "lite3r"}, "engine.attention = 'lite3r': works on whole sequences"),
         ({"precision": "int8"}, "engine.precision = 'int8': only compact runs in it; use auto, bf16 or fp32"),
-        ({"streaming": "windowed"}, "engine.streaming = 'windowed': not there yet; use incremental"),
         ({"model": "da3-mono"}, "choose one of compact, pi3"),
     ],
 )

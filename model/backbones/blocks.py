@@ -340,7 +340,8 @@ class AcrossViews:
     views: N. specials: S. attention: see `model.strategies`. top_k: blocks that a query block attends to. chunk: frames per
     turn of everything but the attention. tables, pooled: rotary tables of the tokens and of the blocks. fine, coarse: views
     whose tokens and whose pooled tokens a view sees. unmasked: all of them. sensitive: layers that bear few keys badly
-    (Spark3R). memory: keys and values of the one new view go there, and those of all views come from there.
+    (Spark3R). memory: keys and values of the one new view go there, and those of all views come from there. always: see
+    `Layer`.
     """
 
     views: int
@@ -355,6 +356,7 @@ class AcrossViews:
     unmasked: bool
     sensitive: frozenset[int]
     memory: Memory | None
+    always: Tensor | None
 
     @staticmethod
     def of(
@@ -368,6 +370,7 @@ class AcrossViews:
         sensitive: frozenset[int] = frozenset(),
         rounded: torch.dtype = torch.float32,
         sight: Sight | None = None,
+        always: Tensor | None = None,
     ) -> AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
@@ -383,7 +386,7 @@ class AcrossViews:
         else:  # lists of visible views are made anew for each call, so that a CUDA graph makes them too
             fine, coarse, memory = Visible(sight.fine), Visible(sight.coarse), sight.memory
         return AcrossViews(
-            views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory
+            views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, always
         )
 
     def before(self, block: Block, x: Tensor, number: int) -> tuple[Tokens, Tokens, Tokens]:
@@ -408,7 +411,7 @@ class AcrossViews:
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
         linear = getattr(block.attn, "proj_lin", None)
-        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear)
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always)
         tokens = self.before(block, x, number)
         out = self.attention(*tokens, self.fine, self.coarse, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)

@@ -26,6 +26,8 @@ class Incremental(nn.Module):
     size: (h, w) of the frames. ValueError with one line where it does not fit.
     """
 
+    capturable = True
+
     def __init__(self, backbone: MultiView, size: tuple[int, int]) -> None:
         super().__init__()
         self.backbone, self.input_size = backbone, size

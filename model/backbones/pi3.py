@@ -36,14 +36,7 @@ from speed3r_ros.model.backbones.blocks import (
     tf32_products,
 )
 from speed3r_ros.model.backbones.dpt import view_plane
-from speed3r_ros.model.backbones.results import (
-    Reconstruction,
-    invert,
-    quaternion_products,
-    rigid,
-    rotation_from_quaternion,
-    strongest_row,
-)
+from speed3r_ros.model.backbones.results import Reconstruction, invert, nearest_rotation, rigid
 from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.network import compute_dtype
 from speed3r_ros.model.spark3r import sensitive_layers
@@ -169,25 +162,11 @@ class CameraHead(nn.Module):
         self.fc_t, self.fc_rot = nn.Linear(channels, 3), nn.Linear(channels, 9)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(F, h * w, C) -> (F, 12): translation, then a 3 x 3 matrix row by row (see `nearest_rotation`)."""
+        """(F, h * w, C) -> (F, 12): translation, then a 3 x 3 matrix row by row, whose rows are to be normalised."""
         for block in self.res_conv:
             x = block(x)
         x = self.more_mlps(x.mean(1))
         return torch.cat([self.fc_t(x), self.fc_rot(x)], 1)
-
-
-def nearest_rotation(m: Tensor) -> Tensor:
-    """The rotation nearest to (F, 3, 3) matrices whose rows are first scaled to unit length.
-
-    Its quaternion is the first eigenvector of a symmetric 4 x 4 matrix (Bar-Itzhack, 2000), found here by repeated squaring:
-    a singular value decomposition waits for the GPU, which a CUDA graph cannot hold.
-    """
-    products = quaternion_products(F.normalize(m, dim=-1).double())
-    power = products + 3 * torch.eye(4, dtype=products.dtype, device=m.device)  # all eigenvalues above zero
-    for _ in range(32):
-        power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        power = power @ power
-    return rotation_from_quaternion(strongest_row(power)).to(m.dtype)
 
 
 class Pi3(MultiView):
@@ -308,7 +287,7 @@ class Pi3(MultiView):
             return torch.cat([point[:, :2] * z, z], 1).permute(0, 2, 3, 1).contiguous(), conf[:, 0], camera
 
         points, conf, camera = (y.unflatten(0, (-1, views)) for y in by_frames(maps, chunk, *decoded))
-        R = nearest_rotation(camera[..., 3:].flatten(0, 1).view(-1, 3, 3)).unflatten(0, (-1, views))
+        R = nearest_rotation(F.normalize(camera[..., 3:].unflatten(-1, (3, 3)), dim=-1))
         pose = rigid(R, camera[..., :3])
         raw = dict(conf=conf[..., None], camera_poses=pose, local_points=points)
         return Reconstruction(points[..., 2], points, conf.sigmoid(), pose, raw=raw)

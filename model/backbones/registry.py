@@ -96,7 +96,9 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: Path, remedy: str) -> 
 
 def _read_pt(path: Path, device: str) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            mapped = file.read(2) == b"PK"  # PyTorch before 1.6 wrote no zip files, which alone can be mapped
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: truncated or not a checkpoint of tensors ({reason}); copy it again") from error

@@ -29,7 +29,10 @@ class Reconstruction:
     raw: dict[str, Tensor] = field(default_factory=dict)
 
     def world_points(self) -> Tensor:
-        """`points` in the world's frame, (B, N, H, W, 3)."""
+        """`points` in the world's frame, (B, N, H, W, 3). ValueError where points or poses are None."""
+        missing = [name for name in ("points", "T_world_cam") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"no world_points without {' and '.join(missing)}: take a backbone for several views")
         R, t = self.T_world_cam[..., :3, :3], self.T_world_cam[..., :3, 3]
         return torch.einsum("bnij,bnhwj->bnhwi", R, self.points) + t[:, :, None, None]
 
@@ -79,6 +82,21 @@ def strongest_row(outer: Tensor) -> Tensor:
     """The vector (..., 4), of any length and sign, of outer products with itself (..., 4, 4): their best conditioned row."""
     best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*outer.shape[:-2], 1, 4)
     return outer.gather(-2, best)[..., 0, :]
+
+
+def nearest_rotation(m: Tensor) -> Tensor:
+    """The rotations nearest to matrices (..., 3, 3), in the sense of squares.
+
+    Their quaternions are the first eigenvectors of symmetric 4 x 4 matrices (Bar-Itzhack, 2000), found here by repeated
+    squaring: a singular value decomposition waits for the GPU, which a CUDA graph cannot hold.
+    """
+    size = m.double().flatten(-2).norm(dim=-1)[..., None, None].clamp(min=1e-300)
+    products = quaternion_products(m.double() * (3**0.5 / size))
+    power = products + 3 * torch.eye(4, dtype=products.dtype, device=m.device)  # all eigenvalues above zero
+    for _ in range(32):
+        power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        power = power @ power
+    return rotation_from_quaternion(strongest_row(power)).to(m.dtype)
 
 
 def quaternion_from_rotation(R: Tensor) -> Tensor:

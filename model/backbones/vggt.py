@@ -39,6 +39,7 @@ from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.spark3r import sensitive_layers
 
 PASSES = 4  # of the camera head
+ALWAYS_EVERY = 100  # views, of which Speed3R shows the first, the reference, to all queries (section 3)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,10 @@ class Aggregator(nn.Module):
         x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, is_first), x], 1))
         width = self.config.channels // self.config.heads
         sensitive = sensitive_layers("vggt", len(self.global_blocks))
-        across = AcrossViews.of(layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, sight=sight)
+        always = torch.arange(0, views, ALWAYS_EVERY, device=x.device) if sight is None else None
+        across = AcrossViews.of(
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, sight=sight, always=always
+        )
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
             x = by_frames(lambda x, frame=frame: frame(x, across.tables), chunk, x, out=x)
