@@ -1,7 +1,7 @@
 """Errors of trajectories, pairs of poses, depth and confidence against ground truth. NumPy only.
 
 The definitions are the field's: ATE and RPE of the TUM RGB-D benchmark (Sturm et al., IROS 2012; the numbers are those of
-`evo`), area under the accuracy curve of pairs of poses (VGGT, CVPR 2025, section 4.1; Pi3, 2025), AbsRel and delta of depth
+`evo_ape -as` and `evo_rpe --all_pairs --pairs_from_reference`), area under the accuracy curve of pairs of poses (VGGT, CVPR 2025, section 4.1; Pi3, 2025), AbsRel and delta of depth
 (Eigen et al., NeurIPS 2014), sparsification of errors by confidence (Ilg et al., ECCV 2018).
 """
 
@@ -159,7 +159,8 @@ def pair_angles(estimate: np.ndarray, truth: np.ndarray, i: np.ndarray, j: np.nd
     A, B = inverse(estimate[i]) @ estimate[j], inverse(truth[i]) @ truth[j]
     a, b = A[:, :3, 3], B[:, :3, 3]
     across, along = np.linalg.norm(np.cross(a, b), axis=1), (a * b).sum(1)
-    direction = np.where((across == 0) & (along == 0), 90.0, np.rad2deg(np.arctan2(across, along)))
+    stands = np.linalg.norm(a, axis=1) <= 1e-9 * np.abs(estimate[:, :3, 3]).max()
+    direction = np.where(stands, 90.0, np.rad2deg(np.arctan2(across, along)))
     baseline = np.linalg.norm(b, axis=1)
     direction[baseline <= STEADY * baseline.max(initial=0)] = np.nan
     return np.rad2deg(rotation_angle(inverse(B)[:, :3, :3] @ A[:, :3, :3])), direction

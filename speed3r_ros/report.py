@@ -274,6 +274,9 @@ ACCURACY_ROWS = {
 }
 
 
+AT_A_GLANCE = {"ate", "scale", "coverage"}  # shown in the head, too, and an id stands once
+
+
 def accuracy_table(score: Accuracy) -> str:
     """Errors beside those of the trivial trajectories."""
     columns = {"this run": score.estimate, "straight line": score.line, "standing still": score.still}
@@ -281,7 +284,7 @@ def accuracy_table(score: Accuracy) -> str:
     body = ""
     for key, title in ACCURACY_ROWS.items():
         values = [getattr(errors, key) for errors in columns.values()]
-        names = (f"{key}_table", f"{key}_line", f"{key}_still")
+        names = (f"{key}_table" if key in AT_A_GLANCE else key, f"{key}_line", f"{key}_still")
         cells = "".join(
             f'<td class="number">{number(name, value) if np.isfinite(value) else "–"}</td>'
             for name, value in zip(names, values)
