@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         with ExitStack() as stack:
             paths = [] if options.data == "rendered" else sequences_in(Path(options.data))
             folder = stack.enter_context(folder_written_whole(options.out, OUTPUTS)) if options.out else None
-            sources = [open_source(path) for path in paths] or rendered(options)
+            sources = [open_source(path) for path in paths] or rendered(options, config.engine.device)
             found = evaluate_all(sources, config, known, options.stride, options.frames, folder)
     except (OSError, ValueError) as error:
         print(f"speed3r evaluate: {error}", file=sys.stderr)
@@ -114,13 +114,13 @@ def sequences_in(path: Path) -> list[Path]:
     return found
 
 
-def rendered(options: argparse.Namespace) -> Iterable[Source]:
+def rendered(options: argparse.Namespace, device: str) -> Iterable[Source]:
     """Held-out rendered sequences of the shipped network's size."""
     from speed3r_ros.model.network import NetworkConfig
     from speed3r_ros.rendered import rendered_sources
 
     size = NetworkConfig().height, NetworkConfig().width
-    return rendered_sources(options.sequences or 8, (options.frames or 24) * options.stride, size)
+    return rendered_sources(options.sequences or 8, (options.frames or 24) * options.stride, size, device)
 
 
 def evaluate_all(

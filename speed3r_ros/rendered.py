@@ -55,12 +55,15 @@ class RenderedSource(Source):
         return self._depths[self._stamps.index(stamp_ns)]
 
 
-def rendered_sources(count: int, frames: int, size: tuple[int, int], seed: int = SEED) -> Iterator[RenderedSource]:
-    """`count` sequences of `frames` images of a size (h, w), the same for the same arguments on the same kind of device."""
-    cuda = torch.cuda.is_available()
+def rendered_sources(count: int, frames: int, size: tuple[int, int], device: str = "auto") -> Iterator[RenderedSource]:
+    """`count` sequences of `frames` images of a size (h, w), the same ones for the same arguments on the same device.
+
+    device: as engine.device.
+    """
+    cuda = torch.cuda.is_available() and device != "cpu"
     dataset = SceneDataset(
         "cuda" if cuda else "cpu",
-        seed,
+        SEED,
         *size,
         held_out=True,
         textures_per_family=8 if cuda else 1,

@@ -92,8 +92,8 @@ def test_errors_agree_with_evo(rng):
     for name, delta_unit in (("rpe_frame", unit.frames), ("rpe_unit", unit.meters)):
         for suffix, part in (("", relation.translation_part), ("_rotation", relation.rotation_angle_deg)):
             metric = evo_metrics.RPE(
-                    part, 1, delta_unit, rel_delta_tol=metrics.APART, all_pairs=True, pairs_from_reference=True
-                )
+                part, 1, delta_unit, rel_delta_tol=metrics.APART, all_pairs=True, pairs_from_reference=True
+            )
             assert getattr(found, name + suffix) == pytest.approx(rmse(metric, True), rel=1e-6), name + suffix
 
 
