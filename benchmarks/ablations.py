@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speed3r_ros.evaluate import evaluate_all, median_of, sequences_in
+from speed3r_ros.evaluate import evaluate_all, sequences_in
+from speed3r_ros.evaluation_tables import median_of
 from speed3r_ros.model.network import NetworkConfig
 from speed3r_ros.reconstruct import positive, read_settings
 from speed3r_ros.rendered import rendered_sources

@@ -15,6 +15,7 @@ from doubles import SIZE, STEP, ScriptedEngine, step_transform
 from speed3r_ros import cli
 from speed3r_ros.config import Config, with_values
 from speed3r_ros.evaluate import SCHEMA, evaluate, evaluate_all
+from speed3r_ros.evaluation_tables import median_of
 from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error, read_tum
 from speed3r_ros.model import weights
 from speed3r_ros.model.network import Network, NetworkConfig
@@ -254,9 +255,15 @@ def test_the_camera_of_rendered_images_has_their_rays(rng):
 
 
 def test_the_shipped_weights_are_as_good_as_they_were():
-    """Held-out scenes, the pipeline as deployed: in a measured run ATE / path was 0, ... Margins are twice that or more."""
-    sources = list(rendered_sources(4, 10, (168, 224), "cpu"))
-    rows = evaluate_all(sources, Config())["sequences"]
-    for row in rows:
-        print({k: row[k] for k in ("published", "depth", "confidence")})
-    assert False
+    """The network alone on held-out scenes of 8 frames. Medians over four sets of 5 scenes, int8: rotation AUC@5 0.58 to
+    0.86, ATE / path 0.039 to 0.068, AbsRel 0.102 to 0.126, worst fifth 39 to 50 % of the error; the scenes depend on which
+    photographs are installed, so margins are about half as wide again as the worst of these.
+    """
+    config = with_values(Config(), {"odometry.features": 0})
+    rows = evaluate_all(rendered_sources(5, 8, (168, 224), "cpu"), config)["sequences"]
+    shares = [row["published"]["ate"] / row["published"]["path"] for row in rows]
+    assert np.median(shares) < 0.1
+    assert median_of(rows, "published.rotation_auc5") > max(0.4, median_of(rows, "still.rotation_auc5"))
+    assert median_of(rows, "depth.absrel") < min(0.19, median_of(rows, "depth.absrel_constant"))
+    assert median_of(rows, "confidence.worst_fifth") > 0.3
+    assert median_of(rows, "confidence.ause") < 0.75 * median_of(rows, "confidence.ause_random")
