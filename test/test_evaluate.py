@@ -87,8 +87,9 @@ def pipeline():
     return Pipeline(with_values(Config(), {"odometry.features": 0}), ExactEngine())
 
 
-def test_known_poses_and_depth_give_known_numbers(rng, tmp_path, pipeline):
-    found = evaluate(open_source(write_sequence(tmp_path / "wall", rng)), pipeline).row()
+@pytest.mark.parametrize("unit", [True, False], ids=["depth_scale_m", "unit of TUM's layout"])
+def test_known_poses_and_depth_give_known_numbers(rng, tmp_path, pipeline, unit):
+    found = evaluate(open_source(write_sequence(tmp_path / "wall", rng, unit=unit)), pipeline).row()
     published = found["published"]
     assert found["frames"] == COUNT and sum(found["lost"].values()) == 1 and found["intrinsics"] == "known"
     assert published["matched"] == COUNT - 1 and published["coverage"] == (COUNT - 1) / COUNT
