@@ -98,6 +98,16 @@ def norm_sum(
     return add_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype, gamma)
 
 
+def patch_product(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution whose stride is its size, as a matrix product, which GPUs do many times as fast.
+
+    (F, inputs, h * s, w * s) -> (F, h * w, C), row-major.
+    """
+    side = conv.kernel_size[0]
+    x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(x.flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
+
+
 def linear_gelu(layer: nn.Linear | Int8Linear | Fp8Linear, h: Tensor) -> Tensor:
     """GELU of a linear layer: (..., C) -> (..., out).
 
@@ -305,7 +315,7 @@ class Network(nn.Module):
         x = (image - IMAGE_MEAN) / IMAGE_STD
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         stem = F.gelu(self.stem2(F.gelu(self.stem1(x))))
-        patches = self.patch_embed(stem).flatten(2).transpose(1, 2)[:, self.order].float()
+        patches = patch_product(self.patch_embed, stem)[:, self.order].float()
         embedding = self.position(self.position_features.to(self.position.weight.dtype)).float()
         if rays is not None:
             features = F.avg_pool2d(rays, cfg.patch).flatten(2)

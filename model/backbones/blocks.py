@@ -13,7 +13,8 @@ H heads, D head width, (h, w) patch grid, G = P / 16 blocks per frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
 from speed3r_ros.kernels.residual import add
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
-from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum
+from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum, patch_product
 from speed3r_ros.model.quantised import Fp8Linear, fp8_units
 from speed3r_ros.model.strategies import strategy_for
 
@@ -88,6 +89,17 @@ def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, .
             module.attn.qkv = Fp8Linear(module.attn.qkv)
             for part, layer in list(module.mlp.named_children()):
                 setattr(module.mlp, part, Fp8Linear(layer))
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Let the GPU round inputs of float32 matrix products to 11 bits, eight times as fast, as it does in convolutions anyway."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def patch_grid(height: int, width: int) -> tuple[int, int]:
@@ -390,7 +402,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(F, inputs, H, W) -> (F, h * w, C), row-major."""
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return patch_product(self.proj, x.to(self.proj.weight.dtype))
 
 
 class DinoV2(nn.Module):

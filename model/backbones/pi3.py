@@ -32,6 +32,7 @@ from speed3r_ros.model.backbones.blocks import (
     rotary,
     rotate,
     set_precision,
+    tf32_products,
 )
 from speed3r_ros.model.backbones.dpt import view_plane
 from speed3r_ros.model.backbones.results import Reconstruction, invert, rigid
@@ -202,7 +203,8 @@ class Pi3(nn.Module):
         self.point_head, self.conf_head = LinearHead(self.config.channels, 3), LinearHead(self.config.channels, 1)
 
     def precision(self, dtype: torch.dtype | str) -> Pi3:
-        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
+        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32,
+        the heads' products with TF32 beside 16 bits."""
         set_precision(self, dtype, ("point_head", "conf_head", "camera_head"))
         return self
 
@@ -277,7 +279,8 @@ class Pi3(nn.Module):
             decoder(x, tables)[:, self.specials :]
             for decoder in (self.point_decoder, self.conf_decoder, self.camera_decoder)
         )
-        return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
+        with tf32_products(self._rounded != torch.float32):  # what they read was rounded to fewer bits
+            return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
 
     def assemble(
         self, decoded: tuple[Tensor, Tensor], views: int, grid: tuple[int, int], size: tuple[int, int], chunk: int
