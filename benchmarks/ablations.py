@@ -3,9 +3,9 @@
     python benchmarks/ablations.py --data ../shared/data --sequences 32
     python benchmarks/ablations.py --tiny --device cpu
 
-One table for held-out rendered sequences and, with --data, one for each real one. Every row is `speed3r evaluate` with some
-options, with the network's poses alone (`--set odometry.features=0`) and as shipped, refined by features; in each cell they
-stand in this order. Prints Markdown.
+One table for held-out rendered sequences and, with --data, one for each real one. Every row is `speed3r evaluate` with
+some options, with the network's poses alone (`--set odometry.features=0`) and as shipped, refined by features; in each
+cell they stand in this order. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Errors of trajectories, pairs of poses, depth and confidence against ground truth. NumPy only.
 
-The definitions are the field's: ATE and RPE of the TUM RGB-D benchmark (Sturm et al., IROS 2012; the numbers are those of
-`evo_ape -as` and `evo_rpe --all_pairs --pairs_from_reference`), area under the accuracy curve of pairs of poses (VGGT, CVPR 2025, section 4.1; Pi3, 2025), AbsRel and delta of depth
-(Eigen et al., NeurIPS 2014), sparsification of errors by confidence (Ilg et al., ECCV 2018).
+The definitions are the field's: ATE and RPE of the TUM RGB-D benchmark (Sturm et al., IROS 2012; the numbers are those
+of `evo_ape -as` and `evo_rpe --all_pairs --pairs_from_reference`), area under the accuracy curve of pairs of poses
+(VGGT, CVPR 2025, section 4.1; Pi3, 2025), AbsRel and delta of depth (Eigen et al., NeurIPS 2014), sparsification of errors by
+confidence (Ilg et al., ECCV 2018).
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def relative_errors(
 def pair_angles(estimate: np.ndarray, truth: np.ndarray, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Angles in degrees between estimated and true relative rotations (M,) and directions of translation (M,).
 
-    estimate, truth: (N, 4, 4) camera-to-world. A direction is NaN where the true baseline is short (STEADY), and 90 where
-    the estimate stands still. Other than VGGT's, it has a sign: a camera that goes backwards is 180 degrees wrong.
+    estimate, truth: (N, 4, 4) camera-to-world. A direction is NaN where the true baseline is short (STEADY), and 90
+    where the estimate stands still. Other than VGGT's, it has a sign: a camera that goes backwards is 180 degrees wrong.
     """
     A, B = inverse(estimate[i]) @ estimate[j], inverse(truth[i]) @ truth[j]
     a, b = A[:, :3, 3], B[:, :3, 3]
@@ -187,7 +188,7 @@ def area_under_curve(error: np.ndarray, threshold: float) -> float:
 
 
 def depth_errors(depth: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """AbsRel, the mean of |depth - truth| / truth, and the share of pixels within a factor of 1.25. Both (M,) positive."""
+    """AbsRel, the mean of |depth - truth| / truth, and the share within a factor of 1.25. Both (M,) positive."""
     ratio = depth / truth
     return float(np.abs(ratio - 1).mean()), float((np.maximum(ratio, 1 / ratio) < 1.25).mean())
 
@@ -196,8 +197,8 @@ def depth_errors(depth: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 class Sparsification:
     """How well confidence sorts errors. Means of the remaining errors over the mean of all, (N,), while pixels go.
 
-    curve: the least confident go first. oracle: the largest errors go first. worst_fifth: share of the sum of errors that
-    the fifth with the least confidence holds; 0.2 if confidence says nothing.
+    curve: the least confident go first. oracle: the largest errors go first. worst_fifth: share of the sum of errors
+    that the fifth with the least confidence holds; 0.2 if confidence says nothing.
     """
 
     curve: np.ndarray

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; 1 when a sequence failed or, for wrong usage, 2, after one line each that says what is wrong; 130 interrupted."""
+    """0; 1 when a sequence failed, 2 for wrong usage, after one line each that says what is wrong; 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = read_settings(options.config, options.set)
@@ -229,7 +229,7 @@ def evaluate(
     """Run a sequence through the pipeline from a fresh start, and compare with its truth.
 
     known: whether intrinsics are given to it; None = where the source has them. Raises ValueError, naming the sequence,
-    without ground truth, with fewer than 3 matched poses, without required intrinsics, or for depth that cannot be read.
+    without ground truth, with fewer than 3 matched poses, without required intrinsics, or for unreadable depth.
     """
     if source.truth is None:
         raise ValueError(f"{source.name}: no ground truth; expected {', '.join(TRUTH_FILES)} in {source.path}")
@@ -285,7 +285,7 @@ class DepthPairs:
         self._frames: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, estimate: Estimate, truth: np.ndarray) -> None:
-        """One frame's true depth (H, W), of the image that the estimate is of; pixels without it, 0 or NaN, do not count."""
+        """One frame's true depth (H, W), aligned with the estimate's image; pixels where it is 0 or NaN do not count."""
         true = cv2.resize(truth, estimate.depth.shape[::-1], interpolation=cv2.INTER_NEAREST)[::GRID, ::GRID]
         depth, confidence = estimate.depth[::GRID, ::GRID], estimate.confidence[::GRID, ::GRID]
         valid = (true > 0) & (depth > 0) & np.isfinite(depth)
@@ -293,7 +293,7 @@ class DepthPairs:
             self._frames.append((depth[valid].astype(np.float64), true[valid].astype(np.float64), confidence[valid]))
 
     def errors(self, scale: float) -> dict[str, float] | None:
-        """Means over frames, after each one's median scale and after the trajectory's one scale, and those of a constant."""
+        """Means over frames, after each one's median scale and after the trajectory's one, and those of a constant."""
         if not self._frames:
             return None
         constant = float(np.median([np.median(true) for _, true, _ in self._frames]))

@@ -30,8 +30,8 @@ def against(name: str, form: str, *baselines: str) -> Column:
 
 POSE_AUC = [f"pose_auc{t}" for t in (5, 10, 30)]
 TABLES: dict[str, dict[str, Column]] = {  # title: columns
-    "Trajectory, as first published. In brackets a straight line at constant speed and standing still; of rotations, not "
-    "turning at all": {
+    "Trajectory, as first published. In brackets a straight line at constant speed and standing still; of rotations, "
+    "not turning at all": {
         "frames": (["frames"], [], ".0f"),
         "path": against("path", ".2f"),
         "coverage": against("coverage", ".1%"),
@@ -69,7 +69,7 @@ TABLES: dict[str, dict[str, Column]] = {  # title: columns
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Tables of what evaluation.json holds, with NaN for numbers that do not exist, and with the median over them where there are several."""
+    """Tables of the sequences in what `evaluate_all` returns, with the median over them where there are several."""
     rows = [row | {"chance": 0.2} for row in found["sequences"]]
     named = {f"{row['name']}, K {row['intrinsics']}": [row] for row in rows}
     if len(rows) > 1:

@@ -108,7 +108,7 @@ class FolderSource(Source):
             yield stamp, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), self.camera
 
     def true_depth(self, stamp_ns: int) -> np.ndarray | None:
-        """From the images of `depth.txt`, whose unit is depth_scale_m of `intrinsics.json`, or 1/5000 m in TUM's layout."""
+        """From the images of `depth.txt`, in depth_scale_m of `intrinsics.json`, or 1/5000 m in TUM's layout."""
         listing = self.path / "depth.txt"
         if self._depth_files is None:
             files = read_listing(listing) if listing.is_file() else []
@@ -121,8 +121,10 @@ class FolderSource(Source):
         if (self.path / "intrinsics.json").is_file():
             values = json.loads((self.path / "intrinsics.json").read_text())
         scale = values.get("depth_scale_m", 1 / 5000 if (self.path / "groundtruth.txt").is_file() else None)
-        if scale is None:
-            raise ValueError(f"{listing}: the unit is unknown; add depth_scale_m, metres per count, to intrinsics.json")
+        if not isinstance(scale, (int, float)) or not scale > 0:
+            raise ValueError(
+                f"{listing}: the unit is {scale!r}; set depth_scale_m, metres per count, in intrinsics.json"
+            )
         image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
         if image is None or image.dtype != np.uint16 or image.ndim != 2:
             raise ValueError(f"{file}: not a readable depth image; expected one channel of 16 bits")

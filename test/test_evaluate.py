@@ -1,4 +1,4 @@
-"""The evaluate command: known poses and depth give known numbers, its files agree with one another, bad input is answered."""
+"""The evaluate command: known poses and depth give known numbers, its files agree, bad input is answered."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def rng():
 
 
 def write_sequence(folder, rng, count=COUNT, offset=0.0, unit=True):
-    """The scripted motion in TUM's layout: truth at 100 Hz in another unit, a frame of black, depth of a slanted wall."""
+    """The scripted motion in TUM's layout: truth at 100 Hz in another unit, a black frame, depth of a slanted wall."""
     (folder / "rgb").mkdir(parents=True)
     (folder / "depth").mkdir()
     T, truth, rgb, depth = np.eye(4), Trajectory(), [], []
@@ -205,7 +205,7 @@ def test_the_files_agree_with_one_another_and_with_the_documentation(rng, tmp_pa
         ("two frames", ["--frames", "2"], 1, "wall: 2 of 2 true poses match .*need 3"),
         ("bad truth", [], 1, "groundtruth.txt, line 1: expected `timestamp tx"),
         ("bad depth", [], 1, "depth/3.png: not a readable depth image"),
-        ("no unit", [], 1, "depth.txt: the unit is unknown; add depth_scale_m"),
+        ("no unit", [], 1, "depth.txt: the unit is None; set depth_scale_m"),
         ("no intrinsics", ["--known"], 1, "wall: --known, but it has no intrinsics"),
         ("nothing", [], 1, "does not exist"),
     ],
@@ -256,9 +256,9 @@ def test_the_camera_of_rendered_images_has_their_rays(rng):
 
 
 def test_the_shipped_weights_are_as_good_as_they_were():
-    """The network alone on held-out scenes of 8 frames. Medians over four sets of 5 scenes, int8: rotation AUC@5 0.58 to
-    0.86, ATE / path 0.039 to 0.068, AbsRel 0.102 to 0.126, worst fifth 39 to 50 % of the error; the scenes depend on which
-    photographs are installed, so margins are about half as wide again as the worst of these.
+    """The network alone on held-out scenes of 8 frames. Medians over four sets of 5 scenes, int8: rotation AUC@5
+    0.58 to 0.85, ATE / path 0.039 to 0.068, AbsRel 0.102 to 0.126, worst fifth 39 to 50 % of the error. The scenes depend
+    on which photographs are installed, so that margins are half as wide again as the worst of these, or nearly.
     """
     config = with_values(Config(), {"odometry.features": 0})
     rows = evaluate_all(rendered_sources(5, 8, (168, 224), "cpu"), config)["sequences"]
