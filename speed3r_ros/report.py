@@ -249,8 +249,9 @@ def confidence_section(results: Results) -> str:
         return ""
     note = (
         "The fifth of the pixels with the least confidence holds "
-        f"{number('worst_fifth', found.worst_fifth, share=True)} of the sum of depth errors; the worst fifth holds {found.worst_fifth_oracle:.1%}. Area under the sparsification "
-        f"error {number('ause', found.ause)}; {found.ause_random:.4g} if confidence said nothing."
+        f"{number('worst_fifth', found.worst_fifth, share=True)} of the sum of depth errors; "
+        f"the worst fifth holds {found.worst_fifth_oracle:.1%}. Area under the sparsification error "
+        f"{number('ause', found.ause)}; {found.ause_random:.4g} if confidence said nothing."
     )
     return section("Confidence", f"<p>{note}</p>" + figure_of(sparsification_plot(found), ""))
 
