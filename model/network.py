@@ -64,7 +64,7 @@ class Prediction:
     points: (B, T, 3, H, W) in the camera frame. confidence: (B, T, H, W) logit of "relative error under 8 %".
     R: (B, T, 3, 3), t: (B, T, 3) camera-to-world in the segment's gauge. log_sigma: (B, T, 2) log of the expected
     error of t (in units of mean depth) and of R (rad) against the segment's first frame. descriptor: (B, T, h * w, 128)
-    patch descriptors for matching, row-major.
+    patch descriptors for matching, row-major, which only training needs.
     """
 
     points: Tensor
@@ -72,7 +72,7 @@ class Prediction:
     R: Tensor
     t: Tensor
     log_sigma: Tensor
-    descriptor: Tensor
+    descriptor: Tensor | None = None
 
 
 def rotation_from_6d(x: Tensor) -> Tensor:
@@ -295,6 +295,27 @@ class Network(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in ("point_conv3", "camera_fc1", "camera_fc2"):
                 module.to(dtype)
         return self
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(h, w) of the images."""
+        return self.config.height, self.config.width
+
+    def new_memory(self, window: int, anchors: int, bank: int, attention: str) -> Memory:
+        """A memory for `step`, in the type of the matrix products; it fits every attention."""
+        cfg, (h, w), first = self.config, self.config.grid, self.global_blocks[0]
+        return Memory(
+            cfg.alternating_blocks,
+            cfg.channels // cfg.head_width,
+            cfg.specials + h * w,
+            h * w // BLOCK,
+            cfg.head_width,
+            window,
+            anchors,
+            bank,
+            compute_dtype(first.qkv),
+            first.gate.weight.device,
+        )
 
     def settings(self) -> dict[str, int]:
         """The configuration as plain numbers, for checkpoints."""

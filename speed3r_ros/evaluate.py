@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     """0; 1 when a sequence failed, 2 for wrong usage, after one line each that says what is wrong; 130 interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        config = read_settings(options.config, options.set)
+        config = read_settings(options.config, options.set, options.model)
         if options.sequences and options.data != "rendered":
             raise ValueError(f"--sequences {options.sequences}: is for rendered ones; leave it out for {options.data}")
         if options.out:

@@ -151,7 +151,10 @@ def test_quantile_equals_torch():
     x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
     for q in (0.0, 0.5, 0.99, 1.0):
         for n in (1, 2, 1000, 1001):
-            torch.testing.assert_close(quantile(x[:n], q), torch.quantile(x[:n], q))
+            torch.testing.assert_close(quantile(x[:n], q, torch.ones(n, dtype=torch.bool)), torch.quantile(x[:n], q))
+            valid = torch.rand(1001) < 0.5
+            torch.testing.assert_close(quantile(x, q, valid), torch.quantile(x[valid], q))
+    assert quantile(x, 0.5, torch.zeros(1001, dtype=torch.bool)) == torch.inf
 
 
 def test_wrong_arguments_are_refused():

@@ -5,8 +5,10 @@ import pytest
 import torch
 from goldens import Golden, images, published, tiny
 
+from speed3r_ros.model.backbones.incremental import Incremental
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
+from speed3r_ros.model.memory import Sight
 
 TINY = VggtConfig(
     channels=128, heads=2, encoder_blocks=2, table=5, pairs=4, camera_blocks=2, camera_heads=4,
@@ -64,6 +66,19 @@ def test_tracks_match_the_official_code():
 @torch.inference_mode()
 def test_streamvggt_matches_the_official_causal_form():
     check_outputs(Golden("streamvggt_tiny"), golden_model(causal=True)(images(*VIEWS)), "causal_batch/")
+
+
+@torch.inference_mode()
+def test_streamvggt_matches_the_official_frame_by_frame_form():
+    """Its poses differ from the causal form's: the passes of the camera head see one another."""
+    model, golden = golden_model(causal=True), Golden("streamvggt_tiny")
+    memory = Incremental(model, VIEWS[1:]).new_memory(2, 1, 1, "dense")
+    steps = []
+    for image in images(*VIEWS)[0]:
+        memory.admit()
+        steps.append(model(image[None, None], sight=Sight.into(memory)).raw)
+    for name in ("pose_enc", "depth", "depth_conf", "world_points", "world_points_conf"):
+        golden.check(f"stream/{name}", torch.cat([raw[name] for raw in steps], 1))
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ from speed3r_ros.model.backbones.blocks import (
     DinoV2,
     Layout,
     Mlp,
+    MultiView,
     PatchEmbed,
     Tables,
     by_frames,
@@ -35,7 +36,15 @@ from speed3r_ros.model.backbones.blocks import (
     tf32_products,
 )
 from speed3r_ros.model.backbones.dpt import view_plane
-from speed3r_ros.model.backbones.results import Reconstruction, invert, rigid
+from speed3r_ros.model.backbones.results import (
+    Reconstruction,
+    invert,
+    quaternion_products,
+    rigid,
+    rotation_from_quaternion,
+    strongest_row,
+)
+from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.network import compute_dtype
 from speed3r_ros.model.spark3r import sensitive_layers
 from speed3r_ros.model.strategies import strategy_for
@@ -168,16 +177,22 @@ class CameraHead(nn.Module):
 
 
 def nearest_rotation(m: Tensor) -> Tensor:
-    """The rotation nearest to (F, 3, 3) matrices whose rows are first scaled to unit length."""
-    u, _, vt = torch.linalg.svd(F.normalize(m, dim=-1))
-    det = torch.linalg.det(u @ vt)
-    return torch.cat([u[..., :2], u[..., 2:] * det[:, None, None]], -1) @ vt
+    """The rotation nearest to (F, 3, 3) matrices whose rows are first scaled to unit length.
+
+    Its quaternion is the first eigenvector of a symmetric 4 x 4 matrix (Bar-Itzhack, 2000), found here by repeated squaring:
+    a singular value decomposition waits for the GPU, which a CUDA graph cannot hold.
+    """
+    products = quaternion_products(F.normalize(m, dim=-1).double())
+    power = products + 3 * torch.eye(4, dtype=products.dtype, device=m.device)  # all eigenvalues above zero
+    for _ in range(32):
+        power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        power = power @ power
+    return rotation_from_quaternion(strongest_row(power)).to(m.dtype)
 
 
-class Pi3(nn.Module):
+class Pi3(MultiView):
     """Pi3 by its published sizes. `forward` is the whole model; the other methods are its stages."""
 
-    attention = "dense"  # what it was trained with
     max_log_depth = float("inf")
 
     def __init__(self, config: Pi3Config = Pi3Config()) -> None:
@@ -223,11 +238,6 @@ class Pi3(nn.Module):
         """Register tokens per view."""
         return self.config.registers
 
-    def working_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size at which images of the given size are computed. ValueError: see `patch_grid`."""
-        patch_grid(height, width)
-        return height, width
-
     def encode(self, images: Tensor, chunk: int) -> Tensor:
         """Images (F, 3, H, W) in [0, 1] -> patch tokens (F, h * w, C), row-major."""
         return by_frames(lambda x: self.encoder((x - self.image_mean) / self.image_std), chunk, images)
@@ -249,6 +259,7 @@ class Pi3(nn.Module):
         top_k: int,
         chunk: int,
         inject: Callable[[int, Tensor], None] | None = None,
+        sight: Sight | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Patch tokens (F, h * w, C) -> outputs of the last two blocks (F, L, C), row-major, registers first.
 
@@ -263,7 +274,7 @@ class Pi3(nn.Module):
         tables, sensitive = self._tables(layout.at), sensitive_layers("pi3", len(self.pairs))
         width = tables[0].shape[-1]
         across = AcrossViews.of(
-            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded, sight
         )
         for i, (frame, across_views) in enumerate(self.pairs):
             x = by_frames(lambda x, frame=frame: frame(x, tables), chunk, x, out=x)
@@ -303,12 +314,19 @@ class Pi3(nn.Module):
         return Reconstruction(points[..., 2], points, conf.sigmoid(), pose, raw=raw)
 
     def forward(
-        self, images: Tensor, *, attention: str | Strategy | None = None, top_k: int = 32, chunk: int = 128
+        self,
+        images: Tensor,
+        *,
+        attention: str | Strategy | None = None,
+        top_k: int = 32,
+        chunk: int = 128,
+        sight: Sight | None = None,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, up to one scale per sequence.
 
         attention: strategy across views, by default the one that the model was trained with; top_k: see there. chunk:
-        views that encoder, heads and all else but that attention take at a time. ValueError on sides that do not fit.
+        views that encoder, heads and all else but that attention take at a time. sight: None = all views see all. ValueError
+        on sides that do not fit.
         """
         views, size = images.shape[1], images.shape[3:]
         images = images.flatten(0, 1)
@@ -316,7 +334,8 @@ class Pi3(nn.Module):
         if working != tuple(size):
             images = F.interpolate(images, working, mode="bilinear", antialias=True)
         grid = patch_grid(*working)
-        decoded = self.decode(self.encode(images, chunk), views, grid, attention or self.attention, top_k, chunk)
+        x, attention = self.encode(images, chunk), attention or self.attention
+        decoded = self.decode(x, views, grid, attention, top_k, chunk, sight=sight)
         return self.assemble(decoded, views, grid, size, chunk)
 
 
@@ -479,19 +498,22 @@ class Pi3X(Pi3):
         K: Tensor | None = None,
         T_world_cam: Tensor | None = None,
         *,
+        rays: Tensor | None = None,
         has_depth: Tensor | None = None,
         has_K: Tensor | None = None,
         has_pose: Tensor | None = None,
         attention: str | Strategy | None = None,
         top_k: int = 32,
         chunk: int = 32,
+        sight: Sight | None = None,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, approximately in metres.
 
         depth: (B, N, H, W) along the optical axis, <= 0 or not finite where unknown; K: (B, N, 3, 3) in pixels, whose centres
-        are at half integers here; T_world_cam: (B, N, 4, 4) camera-to-world in the units of depth. has_*: (B, N) bool, which
-        views have them, by default all; as in the official code, all known depths count in a sequence's unit, also those of
-        views that are said to have none. The rest as in `Pi3.forward`.
+        are at half integers here; rays: (B, N, 2, H, W), x/z and y/z of each pixel, instead of K; T_world_cam: (B, N, 4, 4)
+        camera-to-world in the units of depth. has_*: (B, N) bool, which views have them, by default all; as in the official
+        code, all known depths count in a sequence's unit, also those of views that are said to have none. The rest as in
+        `Pi3.forward`. With `sight`, the first view alone says how long a metre is.
         """
         (b, views), size = images.shape[:2], images.shape[3:]
         grid = patch_grid(*size)
@@ -501,7 +523,7 @@ class Pi3X(Pi3):
             every = torch.full((b, views), value is not None, device=x.device)
             return every if has is None else has & every
 
-        has_depth, has_K, has_pose = given(depth, has_depth), given(K, has_K), given(T_world_cam, has_pose)
+        has_depth, has_pose = given(depth, has_depth), given(T_world_cam, has_pose)
         unit = None
         if depth is not None:
             valid = (depth > 0) & depth.isfinite()
@@ -511,16 +533,18 @@ class Pi3X(Pi3):
             pair = torch.stack([known / unit[:, None, None, None], valid.to(depth.dtype)], 2).flatten(0, 1)
             x = x + (by_frames(self.depth_encoder, chunk, pair) + self.depth_emb) * has_depth.flatten()[:, None, None]
         if K is not None:
+            has_K = given(K, has_K)
             K = K.where(has_K[..., None, None], torch.eye(3, dtype=K.dtype, device=K.device))  # no NaN of absent ones
             v, u = torch.meshgrid(*(torch.arange(n, device=x.device) + 0.5 for n in size), indexing="ij")
             fx, fy, cx, cy = (K[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-            rays = torch.stack([(u - cx) / fx, (v - cy) / fy], 2).flatten(0, 1)
-            x = x + self.ray_embed(rays) * has_K.flatten()[:, None, None]
+            rays = torch.stack([(u - cx) / fx, (v - cy) / fy], 2)
+        if rays is not None:
+            x = x + self.ray_embed(rays.flatten(0, 1)) * given(rays, has_K).flatten()[:, None, None]
 
         attention = attention or self.attention
         has_pose = has_pose & (has_pose.sum(1, keepdim=True) > 1)  # one pose alone says nothing
         inject = None
-        if has_pose.any():
+        if T_world_cam is not None and has_pose.any():
             if strategy_for(attention).in_blocks:
                 raise ValueError(
                     f"attention {attention!r}: with poses, Pi3X runs no attention in blocks: choose dense or spark3r"
@@ -534,9 +558,23 @@ class Pi3X(Pi3):
                         frames = sequence * views + posed.nonzero()[:, 0]
                         x[frames, self.specials :] += block.change(x[frames, self.specials :], poses[posed], grid)
 
-        decoded = self.decode(x, views, grid, attention, top_k, chunk, inject)
+        decoded = self.decode(x, views, grid, attention, top_k, chunk, inject, sight)
         out = self.assemble(decoded, views, grid, size, chunk)
-        return self._scaled(out, self._metric(decoded, views, grid, chunk))
+        if sight is None:
+            return self._scaled(out, self._metric(decoded, views, grid, chunk))
+        first = tuple(y.unflatten(0, (b, views))[:, 0] for y in decoded)
+        return self._scaled(out, sight.of_first("metric", self._metric(first, 1, grid, chunk)))
+
+    def state(self, slots: int) -> dict[str, tuple[int, ...]]:
+        """See `MultiView.state`."""
+        return {"metric": (1,)}
+
+    def step(
+        self, image: Tensor, memory: Memory, rays: Tensor | None, known: Tensor | None, attention: str, top_k: int
+    ) -> Reconstruction:
+        """See `MultiView.step`."""
+        given = {} if rays is None else {"rays": rays[None, None], "has_K": known[None]}
+        return self(image[None, None], **given, attention=attention, top_k=top_k, sight=Sight.into(memory))
 
     @staticmethod
     def _normalised(T_world_cam: Tensor, posed: Tensor, unit: Tensor | None, has_depth: Tensor) -> Tensor:
