@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from speed3r_ros.mapping.geometry import rotation_angle
 from speed3r_ros.sources import open_source
-from speed3r_ros.training.evaluate import rotation_angle
 from speed3r_ros.training.losses import LossWeights, losses, project, relative_poses
 from speed3r_ros.training.render import MOTIONS, SceneDataset
 
@@ -45,7 +45,7 @@ def test_motions_do_what_they_say(dataset):
     def relative(name):
         batch = dataset.batch(24, 8, name)
         R, t = relative_poses(batch["R"], batch["t"])
-        return rotation_angle(R[:, 0], torch.eye(3).expand_as(R[:, 0])), t[:, 0].norm(dim=-1), batch
+        return torch.from_numpy(np.rad2deg(rotation_angle(R[:, 0].numpy()))), t[:, 0].norm(dim=-1), batch
 
     angle, distance, _ = relative("still")
     assert angle.max() < 1.0 and distance.max() < 0.05 and (distance.amax(1) == 0).any()
