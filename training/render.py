@@ -42,7 +42,7 @@ class SceneDataset:
         """Compare the kernel with its reference on a few frames; on a mismatch say so and use the reference."""
         scene = sample_scene(Rng(self.random.d, 5), 4, 2, self.height, self.width, self.textures.n, basic=True)
         arguments = scene, self.textures.data, self.height, self.width, self.samples
-        (rgb, depth), (rgb_ref, depth_ref) = raycast.raycast(*arguments), raycast.raycast_reference(*arguments)
+        (rgb, depth), (rgb_ref, depth_ref) = raycast.raycast(*arguments)[:2], raycast.raycast_reference(*arguments)[:2]
         wrong_depth = float(((depth - depth_ref).abs() > 1e-3 * depth_ref).float().mean())
         wrong_colour = float(((rgb - rgb_ref).abs() > 0.03).float().mean())
         good = wrong_depth < 2e-2 and wrong_colour < 6e-2
@@ -64,7 +64,7 @@ class SceneDataset:
         """
         code = None if motion is None else MOTIONS.index(motion)
         scene = sample_scene(self.random, sequences, views, self.height, self.width, self.textures.n, code, self.basic)
-        rgb, depth = self.cast(scene, self.textures.data, self.height, self.width, self.samples)
+        rgb, depth = self.cast(scene, self.textures.data, self.height, self.width, self.samples)[:2]
         image = augment(rgb, sequences, views, self.random, motion_blur=not self.basic)
         depth = depth.unflatten(0, (sequences, views))
         scale = depth.mean((1, 2, 3)).view(-1, 1, 1)

@@ -8,12 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed3r_ros.kernels.raycast import NB, NS, P
+from speed3r_ros.kernels import raycast
 from speed3r_ros.training.textures import Rng, _color
 
 BASIC_MOTIONS = ("forward", "lateral", "orbit", "handheld", "rotation", "general")
 MOTIONS = (*BASIC_MOTIONS, "still", "stopgo", "wide", "spin")
 BASE_OF = (0, 1, 2, 3, 4, 5, 3, 5, 5, 4)  # the basic motion that each motion starts from
+NB, NS, NC = 24, 6, 6  # boxes, ellipsoids and cylinders of a furnished room
+P = 1 + NB + NS + NC
+SLOTS = (  # where they stand among the ray caster's primitives
+    *range(1 + NB),
+    *range(raycast.ELLIPSOID, raycast.ELLIPSOID + NS),
+    *range(raycast.CONE, raycast.CONE + NC),
+)
 ODDS = (12, 12, 12, 12, 10, 14, 4, 6, 6, 12)  # how often each motion is drawn
 
 
@@ -301,8 +308,7 @@ def sample_scene(
     c = torch.cat([rc[:, None], c], 1)
     s = torch.cat([rh[:, None], s], 1)
     q = torch.cat([eye.expand(B, 1, 3, 3), q], 1)
-    A = q.transpose(-1, -2) / s.unsqueeze(-1)
-    prim = torch.cat([A.flatten(2), c, s, torch.zeros(B, P, 1, device=dev)], -1).contiguous()
+    prim = primitives(c, s, q)
     # ---- materials: one row per (prim, face)
     share = r.b(0.7, B, P, 1)
     share[:, 0] = r.b(0.25, B, 1)  # the room seldom shares one texture over all faces
@@ -341,7 +347,7 @@ def sample_scene(
             torch.zeros(B, P, 6, 3, device=dev),
         ],
         -1,
-    ).contiguous()
+    )
     # ---- lights: two point lights (first casts shadows) + ambient
     lp = rc[:, None] + rh[:, None] * r.u(B, 2, 3, lo=-0.85, hi=0.85)
     lp[:, :, 1] = rc[:, None, 1] - rh[:, None, 1] * r.u(B, 2, lo=0.3, hi=0.95)
@@ -349,13 +355,25 @@ def sample_scene(
     li = r.lu(B, 2, 1, lo=0.3, hi=1.6)
     am = r.lu(B, 1, lo=0.2, hi=1.0) * (1 + 0.08 * r.n(B, 3))
     fall = 1 / (rh.norm(dim=-1, keepdim=True) * r.u(B, 1, lo=0.3, hi=2.0)) ** 2
-    light = torch.cat(
-        [lp[:, 0], (warm * li)[:, 0], lp[:, 1], (warm * li)[:, 1] * r.b(0.7, B, 1), am, fall], -1
-    ).contiguous()  # 16
-    cam = torch.cat(
-        [R.flatten(2), t, K.unsqueeze(1).expand(B, N, 5), torch.zeros(B, N, 3, device=dev)], -1
-    ).contiguous()  # 20
-    return dict(prim=prim, mat=mat, light=light, cam=cam, R=R, t=t, K=K, motion=mt)
+    light = torch.cat([lp[:, 0], (warm * li)[:, 0], lp[:, 1], (warm * li)[:, 1] * r.b(0.7, B, 1), am, fall], -1)
+    prim_all, mat_all = prim.new_zeros(B, 1, raycast.P, raycast.PS), mat.new_zeros(B, raycast.P, 6, raycast.MS)
+    prim_all[:, 0, SLOTS], mat_all[:, SLOTS] = prim, mat
+    light = F.pad(light, (0, raycast.LS - light.shape[-1]))
+    return dict(prim=prim_all, mat=mat_all, light=light, cam=camera_table(R, t, K), R=R, t=t, K=K, motion=mt)
+
+
+def primitives(c: Tensor, s: Tensor, q: Tensor, taper: Tensor | float = 0.0) -> Tensor:
+    """Rows of the ray caster's `prim` (..., 20) from centres (..., 3), half sizes (..., 3), rotations (..., 3, 3), taper (...)."""
+    A = q.transpose(-1, -2) / s.unsqueeze(-1)
+    taper = torch.as_tensor(taper, device=c.device, dtype=c.dtype).expand(c.shape[:-1])
+    extra = torch.stack([taper, s.norm(dim=-1)], -1)  # the bounding sphere of a box holds the other solids
+    return F.pad(torch.cat([A.flatten(-2), c, s, extra], -1), (0, raycast.PS - 17))
+
+
+def camera_table(R: Tensor, t: Tensor, K: Tensor) -> Tensor:
+    """The ray caster's `cam` (B, N, 32) of ideal cameras: R (B, N, 3, 3), t (B, N, 3), K (B, 5)."""
+    table = torch.cat([R.flatten(2), t, K.unsqueeze(1).expand(-1, t.shape[1], -1)], -1)
+    return F.pad(table, (0, raycast.CS - table.shape[-1]))
 
 
 def rays_of(K: Tensor, H: int, W: int) -> Tensor:
