@@ -184,7 +184,6 @@ def _cross(a, b):
 
 def _render_torch_frames(prim, mat, light, c, fb, solids, texd, size, spp, shadows, details):
     H, W = size
-    Fn = c.shape[0]
     v, u = torch.meshgrid(
         torch.arange(H, device=c.device), torch.arange(W, device=c.device), indexing="ij"
     )  # integers: they also order the exposure

@@ -15,7 +15,7 @@ from speed3r_ros.mapping.trajectory import align
 from speed3r_ros.model.memory import visibility
 from speed3r_ros.model.network import Network
 from speed3r_ros.training.losses import relative_poses
-from speed3r_ros.training.render import SceneDataset
+from speed3r_ros.training.render import SPLITS, SceneDataset
 
 Predict = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -89,8 +89,13 @@ def pose_errors(R: Tensor, t: Tensor, R_true: Tensor, t_true: Tensor, shortest: 
 
 
 def depth_errors(z: Tensor, z_true: Tensor) -> dict[str, float]:
-    """Median relative error and share within 25 % of depth after one median scale; the same for constant depth."""
+    """Median relative error and share within 25 % of depth after one median scale; the same for constant depth.
+
+    Only where the true depth is finite.
+    """
     z, z_true = z.flatten()[::7], z_true.flatten()[::7]
+    known = z_true.isfinite()
+    z, z_true = z[known], z_true[known]
     z = z * (z_true / z).median()
     ratio = torch.maximum(z / z_true, z_true / z)
     constant = z_true.median()
@@ -138,7 +143,7 @@ def score(
         points, R, t = predict(batch["img"])
         for k in range(len(points)):
             row = pose_errors(R[k].cpu(), t[k].cpu(), batch["R"][k].cpu(), batch["t"][k].cpu(), 0.02)
-            row |= depth_errors(points[k, :, 2], batch["depth"][k])
+            row |= depth_errors(points[k, :, 2], batch["depth"][k].masked_fill(~batch["valid"][k], torch.inf))
             row["focal"] = abs(focal_length(points[k]) / float(batch["K"][k, 0]) - 1)
             rows.append(row)
     return summarise(rows)
@@ -153,9 +158,14 @@ def evaluate_rendered(
     top_k: int = 32,
     seed: int = 0,
     motion: str | None = None,
-    basic: bool = True,
+    split: str = "rooms",
 ) -> dict[str, float]:
-    """`score` of the network on held-out scenes: other seed, textures and photographs than training."""
+    """`score` of the network on held-out scenes: other seed, textures and photographs than training.
+
+    split: "rooms", the first test distribution, or "world", that of training. Raises ValueError for another one.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     cuda = device.type == "cuda"
     dataset = SceneDataset(
         device,
@@ -165,6 +175,6 @@ def evaluate_rendered(
         held_out=True,
         textures_per_family=8 if cuda else 1,
         samples=4 if cuda else 1,
-        basic=basic,
+        world=SPLITS[split],
     )
     return score(causal(network, attention, top_k), dataset, count, views, motion)
