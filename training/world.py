@@ -14,8 +14,8 @@ from torch import Tensor
 
 from speed3r_ros.kernels import raycast
 from speed3r_ros.kernels.raycast import BOX, CONE, ELLIPSOID, NB, NC, NS, NT, PRISM
-from speed3r_ros.training.motions import STEPS, sample_motions, sample_paths, velocities
 from speed3r_ros.training.motions import CLIMB as CLIMBING
+from speed3r_ros.training.motions import STEPS, sample_motions, sample_paths, velocities
 from speed3r_ros.training.scenes import (
     camera_table,
     clearance,
