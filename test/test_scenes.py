@@ -45,7 +45,9 @@ def test_views_agree_on_the_geometry(dataset, motion):
     assert visible.abs().median() < 0.02  # half a pixel on slanted surfaces
 
 
-def test_motions_do_what_they_say(dataset):
+def test_motions_do_what_they_say():
+    dataset = SceneDataset("cpu", int(torch.randint(2**31, ())), 8, 8, 1, False, 1, WorldConfig(street=0))
+
     def relative(name):
         batch = dataset.batch(24, 8, name)
         R, t = relative_poses(batch["R"], batch["t"])
@@ -75,7 +77,7 @@ def test_the_truth_has_no_loss(dataset):
     from speed3r_ros.model.network import Prediction
 
     batch = dataset.batch(4, 3, "general")
-    depth, ray = batch["depth"], batch["ray"][:, None]
+    depth, ray = torch.where(batch["valid"], batch["depth"], 1), batch["ray"][:, None]
     points = torch.cat([ray * depth[..., None], depth[..., None]], -1).permute(0, 1, 4, 2, 3)
     Q, _ = torch.linalg.qr(torch.randn(3, 3))
     Q = Q * torch.det(Q)
@@ -102,9 +104,9 @@ from speed3r_ros.training.world import WorldConfig, sample_world
 r, bank = Rng("cpu", int(torch.randint(2**31, ()))), TextureBank("cpu", 1, 1, outdoor=True)
 much = dict(clutter=1, moving=1, stairs=1, motion_blur=1, rolling_shutter=1, distortion=1, reflective=1)
 seen = set()
-for samples, size, street in ((1, (19, 37), 0.0), (4, (12, 33), 1.0)):
+for samples, size, street in ((1, (16, 33), 0.0), (4, (8, 31), 1.0)):
     config = WorldConfig(street=street, **much)
-    scene = sample_world(r, random.Random(0), config, bank.families, 2, 2, *size, None)
+    scene = sample_world(r, random.Random(0), config, bank.families, 2, 1, *size, None)
     found = raycast.raycast_triton(scene, bank.data, *size, samples, details=True)
     exact = {k: v.double() if k in ("prim", "mat", "light", "cam") else v for k, v in scene.items()}
     right = raycast.raycast_reference(exact, bank.data, *size, samples, details=True)
