@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from speed3r_ros.training.render import SceneDataset, WorldConfig
 
@@ -37,12 +38,15 @@ def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=7)
     parser.add_argument("--columns", type=int, default=2)
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--colours", type=int, default=64, help="of the picture's palette, which keeps it small")
     args = parser.parse_args()
-    if not cv2.imwrite(str(args.picture), draw(args.rows, args.columns, args.seed)):
-        parser.error(f"{args.picture}: cannot be written; give a .png or .jpg in an existing folder")
+    if args.picture.suffix != ".png" or not args.picture.parent.is_dir():
+        parser.error(f"{args.picture}: give a .png in an existing folder")
+    picture = Image.fromarray(np.ascontiguousarray(draw(args.rows, args.columns, args.seed)[..., ::-1]))
+    picture.quantize(args.colours, dither=Image.Dither.NONE).save(args.picture, optimize=True)
 
 
 if __name__ == "__main__":
