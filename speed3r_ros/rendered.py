@@ -11,7 +11,7 @@ import torch
 from speed3r_ros.camera import Camera
 from speed3r_ros.mapping.trajectory import NANO, Trajectory
 from speed3r_ros.sources import FOLDER_RATE, Item, Source
-from speed3r_ros.training.render import SceneDataset
+from speed3r_ros.training.render import SPLITS, SceneDataset
 
 SEED = 987654  # of the held-out scenes; training counts from small numbers
 
@@ -68,7 +68,7 @@ def rendered_sources(count: int, frames: int, size: tuple[int, int], device: str
         held_out=True,
         textures_per_family=8 if cuda else 1,
         samples=4 if cuda else 1,
-        basic=True,
+        world=SPLITS["rooms"],
     )
     for number in range(count):
         yield RenderedSource(f"rendered_{number:03d}", dataset.batch(1, frames))

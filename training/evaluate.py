@@ -16,7 +16,7 @@ from speed3r_ros.mapping import metrics
 from speed3r_ros.mapping.trajectory import NANO, Trajectory
 from speed3r_ros.model.memory import visibility
 from speed3r_ros.model.network import Network
-from speed3r_ros.training.render import SceneDataset
+from speed3r_ros.training.render import SPLITS, SceneDataset
 
 SHORTEST = 0.02  # path, in mean depths, below which a camera counts as standing
 Predict = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -78,9 +78,10 @@ def trajectory_of(poses: np.ndarray) -> Trajectory:
     return out
 
 
-def sparse_depth_errors(z: Tensor, z_true: Tensor) -> dict[str, float]:
-    """AbsRel and d1.25 of every seventh pixel of a sequence after one median scale, and of constant depth."""
-    depth, truth = (x.flatten()[::7].double().cpu().numpy() for x in (z, z_true))
+def sparse_depth_errors(z: Tensor, z_true: Tensor, valid: Tensor) -> dict[str, float]:
+    """AbsRel and d1.25 of every seventh valid pixel of a sequence after one median scale, and of constant depth."""
+    depth, truth, valid = (x.flatten()[::7].cpu().numpy() for x in (z.double(), z_true.double(), valid))
+    depth, truth = depth[valid], truth[valid]
     absrel, within = metrics.depth_errors(depth * np.median(truth / depth), truth)
     constant, _ = metrics.depth_errors(np.full_like(truth, np.median(truth)), truth)
     return dict(absrel=absrel, within_25=within, absrel_constant=constant)
@@ -123,7 +124,7 @@ def score(
         points, R, t = predict(batch["img"])
         for k in range(len(points)):
             row = pose_errors(poses_of(R[k], t[k]), poses_of(batch["R"][k], batch["t"][k]))
-            row |= sparse_depth_errors(points[k, :, 2], batch["depth"][k])
+            row |= sparse_depth_errors(points[k, :, 2], batch["depth"][k], batch["valid"][k])
             row["focal"] = abs(focal_length(points[k]) / float(batch["K"][k, 0]) - 1)
             rows.append(row)
     return summarise(rows)
@@ -138,9 +139,14 @@ def evaluate_rendered(
     top_k: int = 32,
     seed: int = 0,
     motion: str | None = None,
-    basic: bool = True,
+    split: str = "rooms",
 ) -> dict[str, float]:
-    """`score` of the network on held-out scenes: other seed, textures and photographs than training."""
+    """`score` of the network on held-out scenes: other seed, textures and photographs than training.
+
+    split: "rooms", the first test distribution, or "world", that of training. Raises ValueError for another one.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     cuda = device.type == "cuda"
     dataset = SceneDataset(
         device,
@@ -150,7 +156,7 @@ def evaluate_rendered(
         held_out=True,
         textures_per_family=8 if cuda else 1,
         samples=4 if cuda else 1,
-        basic=basic,
+        world=SPLITS[split],
     )
     return score(causal(network, attention, top_k), dataset, count, views, motion)
 
