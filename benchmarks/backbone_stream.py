@@ -25,7 +25,7 @@ def measure(name: str, attention: str, frames: int) -> str:
     """A row of the table. All frames are keyframes; the first half, while the memory fills, is left out."""
     config = EngineConfig(model=name)
     device, dtype = select_device(config)
-    network = Incremental(build_backbone(name), BACKBONE_SIZE).to(device).precision(dtype)
+    network = Incremental(build_backbone(name, device), BACKBONE_SIZE).precision(dtype)
     memory = network.new_memory(config.window, config.anchors, config.bank, attention)
     graph = GraphedStep(network, memory, attention, config.top_k) if device.type == "cuda" else None
     image, times = torch.rand(3, *BACKBONE_SIZE, device=device), []
