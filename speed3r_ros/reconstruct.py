@@ -1,6 +1,7 @@
 """The bag command: the node's work on recorded images, without ROS.
 
 Writes `trajectory.tum`, `map.ply`, `report.html` and, as an mcap bag, the messages that the node would have published.
+With --offline an official backbone reconstructs all views at once (`offline.py`), without the bag.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # importing torch takes seconds: not for --help, nor for a wr
 
 HELP = "reconstruct a bag, a video or a folder of images"
 OUTPUTS = {"trajectory.tum", "map.ply", "report.html", "bag"}
+ATTENTION = ("dense", "speed3r", "spark3r", "lite3r")  # all of `model.strategies`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, e.g. engine.window=8; repeatable"
     )
+    together = parser.add_argument_group(
+        "all views at once", "with an official backbone, e.g. --offline --set engine.model=pi3; writes no bag"
+    )
+    together.add_argument("--offline", action="store_true", help="reconstruct all views together, not frame by frame")
+    together.add_argument("--views", type=positive, metavar="N", help="at most N views, spread evenly (default 1000)")
+    together.add_argument(
+        "--pixels",
+        type=positive,
+        metavar="N",
+        help="at most N pixels per view (default 200000); sides become multiples of 14, or of 56 for attention in blocks",
+    )
+    together.add_argument(
+        "--attention", choices=ATTENTION, help="across views (default: what the backbone was trained with)"
+    )
+    together.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp8"), help="(default: bf16 where the hardware has it, else fp32)"
+    )
 
 
 def positive(text: str) -> int:
@@ -62,17 +81,23 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = read_settings(options.config, options.set)
+        together = offline_options(options, config)
         check_destination(options.out, options.overwrite, Path(options.input))
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 2
     try:
-        from speed3r_ros.pipeline import Pipeline
-
         source = open_source(options.input, options.topic)
         with folder_written_whole(options.out, OUTPUTS) as folder:
-            pipeline = Pipeline(config)
-            results = reconstruct(source, pipeline, folder, options.stride, options.max_frames, options.bag)
+            if options.offline:
+                from speed3r_ros.offline import Options, reconstruct_offline
+
+                results = reconstruct_offline(source, config, Options(**together), folder)
+            else:
+                from speed3r_ros.pipeline import Pipeline
+
+                pipeline = Pipeline(config)
+                results = reconstruct(source, pipeline, folder, options.stride, options.max_frames, options.bag)
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 1
@@ -82,6 +107,25 @@ def run(options: argparse.Namespace) -> int:
     print(summary(results))
     print(f"results    {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
     return 0
+
+
+def offline_options(options: argparse.Namespace, config: Config) -> dict[str, object]:
+    """What was said to `offline.Options`. Raise ValueError for what does not go together."""
+    given = {name: getattr(options, name) for name in ("views", "pixels", "attention", "precision")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not options.offline:
+        if given:
+            raise ValueError(f"--{next(iter(given))}: goes with --offline only")
+        return {}
+    if config.engine.model == "compact":
+        raise ValueError("--offline: the compact model streams only; name a backbone, e.g. --set engine.model=pi3")
+    for assignment in options.set:
+        name = assignment.partition("=")[0]
+        if name in ("engine.attention", "engine.precision"):
+            raise ValueError(
+                f"--set {assignment}: is for streaming; with --offline use {name.replace('engine.', '--')}"
+            )
+    return dict(given, stride=options.stride, limit=options.max_frames)
 
 
 def check_destination(out: Path, overwrite: bool, given: Path) -> None:
