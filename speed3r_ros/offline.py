@@ -43,10 +43,11 @@ USED = ("engine.model", "engine.weights", "engine.device", "engine.threads", "en
 
 @dataclass(frozen=True)
 class Options:
-    """stride: use every Nth frame. limit: of these, the first N. views: of these, N spread evenly. pixels: of a view, at most.
+    """Which frames, how large, and how they are computed.
 
-    attention: see `model.strategies`; "" = what the backbone was trained with. precision: fp32, bf16 or fp8; "" = bf16 where
-    the hardware has it, else fp32.
+    stride: use every Nth frame. limit: of these, the first N. views: of these, at most N, spread evenly. pixels: of a view,
+    at most. attention: see `model.strategies`; "" = what the backbone was trained with. precision: one of `PRECISIONS`;
+    "" = bf16 where the hardware has it, else fp32.
     """
 
     stride: int = 1
@@ -59,8 +60,11 @@ class Options:
 
 @dataclass
 class Views:
-    """What the backbone sees, on the host: stamps in ns, images (h, w, 3) uint8 RGB of one size, intrinsics (3, 3) of them in
-    pixels with centres at integers, or None; width over height of the recorded images; frames left out, by reason."""
+    """What the backbone sees, on the host.
+
+    images: (h, w, 3) uint8 RGB, all of one size. K: (3, 3) of them in pixels with centres at integers, or None. aspect: width
+    over height of the recorded images. lost: frames left out, by reason.
+    """
 
     stamps_ns: list[int]
     images: list[np.ndarray]
@@ -215,7 +219,7 @@ class Collector:
         points, depth = ((x * self._factor).cpu().numpy() for x in (part.points, part.depth))
         for T, xyz, z, confidence in zip(T_world_cam, points, depth, part.confidence.cpu().numpy()):
             if not np.isfinite(T).all():
-                raise ValueError(NOT_FINITE.format("translation"))
+                raise ValueError(NOT_FINITE.format("pose"))
             self._add_view(T, xyz, z, confidence)
             self._number += 1
 
@@ -237,7 +241,7 @@ def advised(of_what: str) -> Iterator[None]:
     try:
         yield
     except torch.linalg.LinAlgError as error:
-        raise ValueError(NOT_FINITE.format("rotation")) from error
+        raise ValueError(NOT_FINITE.format("pose")) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(
             f"out of memory with {of_what}: use fewer views (--views), smaller images (--pixels) or --attention spark3r"
