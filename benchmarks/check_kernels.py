@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speed3r_ros.kernels import frames as frames_module
@@ -48,7 +50,14 @@ from speed3r_ros.kernels.qkv import (
     prepare_tokens_reference,
     prepare_tokens_triton,
 )
-from speed3r_ros.kernels.residual import AddNorm, add_norm_reference, add_norm_triton, sizes_of
+from speed3r_ros.kernels.residual import (
+    AddNorm,
+    add_norm_reference,
+    add_norm_triton,
+    add_reference,
+    add_triton,
+    sizes_of,
+)
 from speed3r_ros.kernels.selected import (
     SelectedAttention,
     begin,
@@ -57,6 +66,7 @@ from speed3r_ros.kernels.selected import (
     selected_attention_triton,
 )
 from speed3r_ros.model.attention import Tokens, speed3r
+from speed3r_ros.model.network import linear_gelu
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -407,6 +417,29 @@ def check_residual(case: Case, dtype: torch.dtype) -> Iterator[Row]:
             out = call(add_norm_reference, torch.float64, *leaves)
             expected = torch.autograd.grad(out, asked, double(*weights))
             yield worst(case, f"{name}, backward", dtype, first, second, expected)
+        for factor in (None, gamma):
+            poison()
+            first, second = add_triton(x, branch, factor), x.clone()
+            add_triton(second, branch, factor, out=second)
+            name = f"{'' if factor is None else 'scaled '}sum, {channels}"
+            yield worst(case, name, dtype, [first], [second], [add_reference(*double(x, branch, factor))])
+
+
+@torch.inference_mode()
+def check_gelu(case: Case, dtype: torch.dtype) -> Iterator[Row]:
+    """GELU within the matrix product: in 16 bits no further from the exact one than the exact GELU of rounded sums."""
+    channels = case.heads * case.width
+    layer = torch.nn.Linear(channels, 4 * channels, device=DEVICE, dtype=dtype)
+    x = torch.randn(case.frames, case.length, channels, device=DEVICE).to(dtype)
+    exact = F.gelu(F.linear(*double(x, layer.weight, layer.bias)))
+    poison()
+    row, apart = (
+        compare(case.name, "GELU", dtype, run(layer, x), exact, exact.abs(), torch.equal(run(layer, x), run(layer, x)))
+        for run in (linear_gelu, lambda layer, x: F.gelu(layer(x)))
+    )
+    row.note = f"{row.note} apart {apart.relative:.1e}".strip()
+    row.failed |= row.relative > apart.relative
+    yield row
 
 
 def check_wide(case: Case, dtype: torch.dtype) -> Iterator[Row]:
@@ -537,6 +570,7 @@ CHECKS: dict[str, Callable[[Case, torch.dtype], Iterator[Row]]] = {
     "frames": check_frames,
     "qkv": check_qkv,
     "residual": check_residual,
+    "gelu": check_gelu,
     "wide": check_wide,
     "backward": check_backward,
     "graph": check_graph,
@@ -569,7 +603,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--kernels", nargs="*", default=list(CHECKS), choices=CHECKS)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--workers", type=int, default=8 if CUDA else 0, help="processes; 0: none but this one")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 2) if CUDA else 0,
+        help="processes; 0: none but this one",
+    )
     args = parser.parse_args()
     if frames_module.triton is None:
         print("Triton is missing: nothing to check")

@@ -156,6 +156,7 @@ if triton is not None:
         BM: tl.constexpr,
         BN: tl.constexpr,
         TILE: tl.constexpr,
+        LANES: tl.constexpr,
         SCORES: tl.constexpr,
         VALUES: tl.constexpr,
         RUN: tl.constexpr,
@@ -194,8 +195,7 @@ if triton is not None:
         column = tl.arange(0, BN)  # of the tile of scores: which key stands there
         if SCORES and TILE > 1:
             # A thread of the tensor cores' result owns two neighbouring columns of eight. It is given a run of neighbouring
-            # keys, so that each tile's maximum is found inside one thread.
-            LANES: tl.constexpr = 4 if BN >= 4 * TILE else BN // TILE
+            # keys, so that each tile's maximum is found inside one thread of LANES.
             column = column // 2 % LANES * (BN // LANES) + column // (2 * LANES) * 2 + column % 2
 
         m = tl.full([BM], float("-inf"), tl.float32)
@@ -246,7 +246,6 @@ if triton is not None:
                             tops,
                             mask=inside[:, None, None] & (frame < resident)[None, :, None],
                         )
-                    tops = tl.reshape(tops, (BM, BN // TILE))
                 if VALUES:
                     if part == 0:
                         value = tl.load(v + at[:, None] + d[None, :])
@@ -258,8 +257,7 @@ if triton is not None:
                         else:
                             word = tl.load(words + j // Y_PADDED, mask=live, other=0)
                             s = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, s, float("-inf"))
-                        tops = s
-                    m_new = tl.maximum(m, tl.max(tops, 1) * scale)
+                    m_new = tl.maximum(m, tl.max(s, 1) * scale)
                     origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far
                     p = tl.exp2(s * scale - origin[:, None])
                     shrink = tl.exp2(m - origin)
@@ -539,6 +537,11 @@ def shares(programs: int, keys: int, sizes: dict[str, int], device: torch.device
     return max(1, min(room // programs, triton.cdiv(keys, 4 * sizes["BN"]), 64))
 
 
+def lanes(keys: int, tile: int, dtype: torch.dtype) -> int:
+    """Threads among which the tensor cores' result spreads a row's `keys` scores; float32 does not run on them."""
+    return 1 if dtype == torch.float32 else min(4, keys // tile)
+
+
 def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with the same strides, copied only if they differ."""
     return (k, v) if k.stride() == v.stride() else (k.contiguous(), v.contiguous())
@@ -616,6 +619,7 @@ def frame_attention_triton(
         Y_PADDED=padded,
         D=d,
         TILE=tile,
+        LANES=lanes(sizes["BN"], tile, q.dtype),
         SCORES=maxima is not None,
         VALUES=values,
         RUN=math.gcd(sizes["BN"] // tile, per_frame),

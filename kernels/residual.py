@@ -1,8 +1,8 @@
-"""Fused residual sum and layer norm: Triton kernels and their reference.
+"""Residual sum, alone and fused with the layer norm that follows: Triton kernels and their references.
 
 Between two linear layers of a pre-norm transformer stand x + gamma * branch, its layer norm and the cast for the next matrix
 product, all three bound by memory: one pass reads x and the branch, and writes the sum and the normalised rows, without a
-float32 copy of either operand. The backward pass is one kernel too: it makes the statistics again from the sum, which it has
+float32 copy of either operand. The sum alone is there for operands of two types, which plain torch adds at half the rate. The backward pass is one kernel too: it makes the statistics again from the sum, which it has
 to read anyway.
 
 Shape letters: M rows (all axes but the last) of C channels; C need not be a power of two.
@@ -19,7 +19,7 @@ from speed3r_ros.kernels.qkv import contiguous, differentiated, fused
 
 
 def check(x: Tensor, branch: Tensor | None, *vectors: Tensor | None) -> None:
-    """Raise ValueError unless the arguments of `add_norm` fit together."""
+    """Raise ValueError unless the arguments of `add_norm` or `add` fit together."""
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f"x {tuple(x.shape)} and branch {tuple(branch.shape)} differ in shape")
     for vector in vectors:
@@ -66,10 +66,11 @@ if triton is not None:
         C: tl.constexpr,
         BRANCH: tl.constexpr,
         GAMMA: tl.constexpr,
+        NORM: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """ROWS whole rows. BRANCH: there is something to add; GAMMA: times a factor per channel."""
+        """ROWS whole rows. BRANCH: there is something to add; GAMMA: times a factor per channel; NORM: norm the sum."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, COLUMNS)
         channel = column < C
@@ -82,10 +83,11 @@ if triton is not None:
                 z *= tl.load(gamma + column, mask=channel, other=0.0).to(tl.float32)[None, :]
             y += z
             tl.store(total + at, y.to(total.dtype.element_ty), mask=inside)
-        y, _ = _standardise(y, inside, C, eps)
-        y *= tl.load(weight + column, mask=channel, other=0.0).to(tl.float32)[None, :]
-        y += tl.load(bias + column, mask=channel, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+        if NORM:
+            y, _ = _standardise(y, inside, C, eps)
+            y *= tl.load(weight + column, mask=channel, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(bias + column, mask=channel, other=0.0).to(tl.float32)[None, :]
+            tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["M"])
     def _backward(
@@ -187,6 +189,7 @@ def add_norm_triton(
         C=channels,
         BRANCH=branch is not None,
         GAMMA=gamma is not None,
+        NORM=True,
         **sizes,
     )
     return total, out
@@ -296,3 +299,35 @@ def add_norm(
         return add_norm_triton(x, branch, weight, bias, eps, dtype, gamma)
     out = AddNorm.apply(x, branch, weight, bias, eps, dtype, gamma)
     return (x, out) if branch is None else out
+
+
+def add_reference(x: Tensor, branch: Tensor, gamma: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Plain torch; arguments and results of `add`."""
+    check(x, branch, gamma)
+    return torch.add(x, branch, out=out) if gamma is None else torch.addcmul(x, branch, gamma, out=out)
+
+
+def add_triton(x: Tensor, branch: Tensor, gamma: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The kernel; arguments and results of `add`."""
+    check(x, branch, gamma)
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    if out is None:
+        out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+    x, branch, gamma = contiguous(x, branch, gamma)
+    sizes = sizes_of(rows, channels)
+    _add_norm[(triton.cdiv(rows, sizes["ROWS"]),)](
+        x, branch, gamma, None, None, out, None, rows, 0.0, C=channels, BRANCH=True, GAMMA=gamma is not None, NORM=False,
+        **sizes,
+    )  # fmt: skip
+    return out
+
+
+def add(x: Tensor, branch: Tensor, gamma: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x + gamma * branch, all arithmetic in float32 or finer.
+
+    x, branch: (..., C), the branch of the same or a coarser type. gamma: (C,), None for 1. out: where to write, contiguous,
+    maybe x itself; only where no gradients are recorded. Raises ValueError on shapes that do not fit.
+    """
+    run = add_triton if fused(x) and not differentiated(x, branch, gamma) else add_reference
+    return run(x, branch, gamma, out)

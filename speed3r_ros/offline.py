@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from speed3r_ros.model.backbones.pi3 import Pi3X
 from speed3r_ros.model.backbones.registry import load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.backbones.vggt import Vggt
+from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.engine import select_device, unusable
 from speed3r_ros.model.strategies import strategy_for
 from speed3r_ros.model.types import Estimate, Tracking, resize_intrinsics
@@ -36,26 +37,22 @@ from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly
 from speed3r_ros.sources import Source
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": "fp8"}
-NOT_FINITE = "the network's {} of a view is not finite; try --precision fp32, or fetch the weights again"
+NOT_FINITE = "the network's {} of a view is not finite; try --set engine.precision=fp32, or fetch the weights again"
 USED = ("engine.model", "engine.weights", "engine.device", "engine.threads", "engine.top_k", "depth.", "map.", "scale.")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which frames, how large, and how they are computed.
+    """Which frames, and how large.
 
     stride: use every Nth frame. limit: of these, the first N. views: of these, at most N, spread evenly. pixels: of a view,
-    at most. attention: see `model.strategies`; "" = what the backbone was trained with. precision: one of `PRECISIONS`;
-    "" = bf16 where the hardware has it, else fp32.
+    at most.
     """
 
     stride: int = 1
     limit: int | None = None
     views: int = 1000
     pixels: int = 200_000
-    attention: str = ""
-    precision: str = ""
 
 
 @dataclass
@@ -138,21 +135,18 @@ def read_views(source: Source, options: Options, step: int) -> Views:
     return views
 
 
-def load_model(config: Config, options: Options) -> tuple[nn.Module, str, str]:
-    """The backbone on its device in its precision, and the names of its attention and precision.
+def load_model(engine: EngineConfig) -> tuple[nn.Module, torch.device, torch.dtype]:
+    """The backbone on its device in its precision, and both.
 
     ValueError with one line about weights, device, or an attention that this backbone cannot run.
     """
-    device, best = select_device(replace(config.engine, precision="auto"))
-    precision = options.precision or ("bf16" if best == torch.bfloat16 else "fp32")
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
-    model = load_backbone(config.engine.model, config.engine.weights or None)
-    attention = options.attention or getattr(model, "attention", "dense")
-    model = model.to(device).precision(PRECISIONS[precision])
-    # One blank patch, so that a model refuses what it cannot run before the recording is read.
-    model.trunk(torch.zeros(1, 1, 3, step_of(attention), step_of(attention)), attention=attention)
-    return model, attention, precision
+    device, dtype = select_device(engine)
+    if engine.threads:
+        torch.set_num_threads(engine.threads)
+    model = load_backbone(engine.model, engine.weights or None).to(device).precision(dtype)
+    # One blank patch or block, so that a model refuses what it cannot run before the recording is read.
+    model.trunk(torch.zeros(1, 1, 3, *2 * [step_of(engine.strategy)]), attention=engine.strategy)
+    return model, device, dtype
 
 
 def step_of(attention: str) -> int:
@@ -237,14 +231,13 @@ class Collector:
 
 @contextmanager
 def advised(of_what: str) -> Iterator[None]:
-    """Turn a lack of memory, and numbers that no rotation can be made of, into ValueError with one line of advice."""
+    """Turn a lack of memory into ValueError with one line of advice."""
     try:
         yield
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(NOT_FINITE.format("pose")) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ValueError(
-            f"out of memory with {of_what}: use fewer views (--views), smaller images (--pixels) or --attention spark3r"
+            f"out of memory with {of_what}: use fewer views (--views), smaller images (--pixels) or "
+            "--set engine.attention=spark3r"
         ) from error
 
 
@@ -254,9 +247,10 @@ def reconstruct_offline(source: Source, config: Config, options: Options, folder
 
     Raises OSError when writing fails; ValueError with one line for weights, attention, frames or memory that do not do.
     """
+    attention = config.engine.strategy
     with advised(f"the weights of {config.engine.model}"):
-        model, attention, precision = load_model(config, options)
-    device = next(model.parameters()).device
+        model, device, dtype = load_model(config.engine)
+    precision = str(dtype).removeprefix("torch.")
     views = read_views(source, options, step_of(attention))
     count, (height, width) = len(views.images), views.size
     print(

@@ -24,6 +24,7 @@ from speed3r_ros.camera import Camera
 from speed3r_ros.config import Config, load_yaml, parse_value, settings, with_values
 from speed3r_ros.mapping.files import folder_written_whole
 from speed3r_ros.mapping.trajectory import Trajectory
+from speed3r_ros.model.backbones.checkpoints import checkpoint_file
 from speed3r_ros.model.types import Estimate, Frame, Tracking
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly, summary
@@ -34,7 +35,15 @@ if TYPE_CHECKING:  # importing torch takes seconds: not for --help, nor for a wr
 
 HELP = "reconstruct a bag, a video or a folder of images"
 OUTPUTS = {"trajectory.tum", "map.ply", "report.html", "bag"}
-ATTENTION = ("dense", "speed3r", "spark3r", "lite3r")  # all of `model.strategies`
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Arguments for `read_settings`."""
+    parser.add_argument("--model", metavar="NAME", help="the network, short for --set engine.model=NAME")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings, as for the node")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, e.g. engine.window=8; repeatable"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=positive, default=1, metavar="N", help="use every Nth frame")
     parser.add_argument("--max-frames", type=positive, metavar="N", help="stop after N frames")
     parser.add_argument("--no-bag", dest="bag", action="store_false", help="do not write the messages to DIR/bag")
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings, as for the node")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, e.g. engine.window=8; repeatable"
-    )
+    add_settings(parser)
     together = parser.add_argument_group(
-        "all views at once", "with an official backbone, e.g. --offline --set engine.model=pi3; writes no bag"
+        "all views at once", "with an official backbone, e.g. --offline --model pi3; writes no bag"
     )
     together.add_argument("--offline", action="store_true", help="reconstruct all views together, not frame by frame")
     together.add_argument("--views", type=positive, metavar="N", help="at most N views, spread evenly (default 1000)")
@@ -60,12 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="at most N pixels per view (default 200000); sides become multiples of 14, or of 56 for attention in blocks",
-    )
-    together.add_argument(
-        "--attention", choices=ATTENTION, help="across views (default: what the backbone was trained with)"
-    )
-    together.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp8"), help="(default: bf16 where the hardware has it, else fp32)"
     )
 
 
@@ -80,13 +80,17 @@ def run(options: argparse.Namespace) -> int:
     """0; 1 or, for wrong usage, 2 after one line that says what is wrong; 130 when interrupted, with nothing written."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        config = read_settings(options.config, options.set)
+        whole = ["engine.streaming=windowed"] if options.offline else []  # admits attention that needs whole sequences
+        config = read_settings(options.config, [*whole, *options.set], options.model)
         together = offline_options(options, config)
-        check_destination(options.out, options.overwrite, Path(options.input))
+        check_destination(options.out, options.overwrite, Path(options.input), OUTPUTS, "report.html")
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 2
     try:
+        engine = config.engine
+        if engine.model != "compact":  # said at once
+            checkpoint_file(engine.model, engine.weights or None)
         source = open_source(options.input, options.topic)
         with folder_written_whole(options.out, OUTPUTS) as folder:
             if options.offline:
@@ -111,38 +115,35 @@ def run(options: argparse.Namespace) -> int:
 
 def offline_options(options: argparse.Namespace, config: Config) -> dict[str, object]:
     """What was said to `offline.Options`. Raise ValueError for what does not go together."""
-    given = {name: getattr(options, name) for name in ("views", "pixels", "attention", "precision")}
+    given = {name: getattr(options, name) for name in ("views", "pixels")}
     given = {name: value for name, value in given.items() if value is not None}
     if not options.offline:
         if given:
             raise ValueError(f"--{next(iter(given))}: goes with --offline only")
         return {}
     if config.engine.model == "compact":
-        raise ValueError("--offline: the compact model streams only; name a backbone, e.g. --set engine.model=pi3")
-    for assignment in options.set:
-        name = assignment.partition("=")[0]
-        if name in ("engine.attention", "engine.precision"):
-            raise ValueError(
-                f"--set {assignment}: is for streaming; with --offline use {name.replace('engine.', '--')}"
-            )
+        raise ValueError("--offline: the compact model streams only; name a backbone, e.g. --model pi3")
     return dict(given, stride=options.stride, limit=options.max_frames)
 
 
-def check_destination(out: Path, overwrite: bool, given: Path) -> None:
-    """Raise ValueError when results in `out` would replace the input or what this command did not write."""
+def check_destination(out: Path, overwrite: bool, given: Path, outputs: set[str], mark: str) -> None:
+    """Raise ValueError when results in `out` would replace the input or what this command did not write.
+
+    outputs: names that the command may write. mark: the one that it always writes.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if any((out / name).resolve() in (given.resolve(), *given.resolve().parents) for name in names & OUTPUTS):
+    if any((out / name).resolve() in (given.resolve(), *given.resolve().parents) for name in names & outputs):
         raise ValueError(f"--out {out}: the input {given} would be replaced; name another folder")
-    if names and not overwrite and not ("report.html" in names and names <= OUTPUTS):
-        other = min(names - OUTPUTS or names)
+    if names and not overwrite and not (mark in names and names <= outputs):
+        other = min(names - outputs or names)
         raise ValueError(f"--out {out}: holds other files ({other}); name a new folder or add --overwrite")
 
 
-def read_settings(file: Path | None, assignments: list[str]) -> Config:
-    """Defaults, then a parameter file as for the node, then NAME=VALUE. Raises ValueError, OSError."""
-    values = {}
+def read_settings(file: Path | None, assignments: list[str], model: str | None = None) -> Config:
+    """Defaults, then a parameter file as for the node, the model, and NAME=VALUE. Raises ValueError, OSError."""
+    values = {"engine.model": model} if model else {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from speed3r_ros.kernels import qkv, residual
 from speed3r_ros.kernels.residual import add_norm, add_norm_reference
@@ -99,8 +100,30 @@ def test_gradient_of_one_result_alone(used, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@needs_kernels
+@pytest.mark.parametrize("gamma", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 48), (3, 1000)])
+def test_sum_alone_is_its_definition_also_in_place(shape, gamma):
+    x, branch, _, _, factor = case(shape, torch.float16, True, gamma)
+    expected = residual.add_reference(*double([x, branch, factor]))
+    out = residual.add_triton(x, branch, factor)
+    assert out.dtype == torch.float32 and (out.double() - expected).norm() < 1e-6 * expected.norm()
+    assert residual.add_triton(x, branch, factor, out=x) is x and torch.equal(x, out)
+
+
+def test_gelu_of_exact_sums_by_tanh_beats_exact_gelu_of_rounded_sums():
+    """Why `linear_gelu` may approximate where its sums are not rounded first."""
+    sums = torch.randn(100_000, dtype=torch.float64)
+    exact = F.gelu(sums)
+    within = F.gelu(sums.float(), approximate="tanh").bfloat16()
+    apart = F.gelu(sums.bfloat16().float()).bfloat16()
+    assert 1.3 * (within.double() - exact).norm() < (apart.double() - exact).norm()
+
+
 def test_wrong_shapes_are_named():
     x, branch, weight, bias, gamma = case((3, 8), torch.float32, True, True)
+    with pytest.raises(ValueError, match="branch"):
+        residual.add(x, branch[:2])
     with pytest.raises(ValueError, match="branch"):
         add_norm(x, branch[:2], weight, bias, 1e-6, x.dtype)
     with pytest.raises(ValueError, match="channel"):

@@ -13,12 +13,11 @@ import tiny_backbones
 import torch
 from safetensors.torch import save_file
 
-from speed3r_ros import offline, reconstruct
+from speed3r_ros import offline
 from speed3r_ros.cli import main
 from speed3r_ros.mapping.trajectory import absolute_trajectory_error, read_tum
 from speed3r_ros.model.backbones import checkpoints, registry
 from speed3r_ros.model.backbones.heads import Heads
-from speed3r_ros.model.strategies import STRATEGIES
 from speed3r_ros.offline import Options, working_size
 from speed3r_ros.sources import open_source
 
@@ -84,8 +83,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def speed3r(weights):
     def run(given, out, *more, name="pi3"):
-        settings = (f"engine.model={name}", f"engine.weights={weights(name)}", "engine.device=cpu")
-        flags = [part for setting in settings for part in ("--set", setting)]
+        flags = ("--model", name, "--set", f"engine.weights={weights(name)}", "--set", "engine.device=cpu")
         return main(["reconstruct", str(given), "--out", str(out), "--offline", *flags, *map(str, more)])
 
     return run
@@ -130,7 +128,7 @@ def test_results_are_the_networks(speed3r, weights, images, tmp_path, capsys, na
     least = round(float(np.median(confidence)), 4)
 
     out = tmp_path / "out"
-    more = ("--precision", "fp32", "--set", f"map.min_confidence={least}", "--set", "depth.min_confidence=0")
+    more = ("--set", "engine.precision=fp32", "--set", f"map.min_confidence={least}", "--set", "depth.min_confidence=0")
     assert speed3r(images, out, *LIMITS, *more, name=name) == 0
     assert {path.name for path in out.iterdir()} == {"trajectory.tum", "map.ply", "report.html"}
     said = capsys.readouterr().out
@@ -169,10 +167,11 @@ def test_a_bag_is_thinned_evenly(speed3r, tmp_path, capsys):
 
 @pytest.mark.parametrize("attention", ["dense", "speed3r", "spark3r"])
 def test_attention_and_precision_are_the_chosen_ones(speed3r, weights, images, tmp_path, capsys, attention):
-    more = ("--attention", attention, "--precision", "bf16", "--max-frames", 3, *LIMITS)
+    settings = (f"engine.attention={attention}", "engine.precision=bf16")
+    more = (*(part for setting in settings for part in ("--set", setting)), "--max-frames", 3, *LIMITS)
     assert speed3r(images, tmp_path / "out", *more) == 0
     size = (56, 112) if attention == "speed3r" else (70, 98)
-    assert f"{size[1]} x {size[0]} pixels; pi3, {attention} attention, bf16 on cpu" in capsys.readouterr().out
+    assert f"{size[1]} x {size[0]} pixels; pi3, {attention} attention, bfloat16 on cpu" in capsys.readouterr().out
     with torch.inference_mode():
         model = registry.load_backbone("pi3", weights("pi3")).precision(torch.bfloat16)
         expected = model(seen(images, range(3), size), attention=attention)
@@ -183,18 +182,14 @@ def test_attention_and_precision_are_the_chosen_ones(speed3r, weights, images, t
     np.testing.assert_allclose(found, T, atol=2e-5 * max(1, np.abs(T).max()))
 
 
-def test_every_attention_can_be_named():
-    assert set(reconstruct.ATTENTION) == set(STRATEGIES)
-
-
 @pytest.mark.parametrize(
     "name, more, says",
     [
         ("pi3", ["--max-frames", 1], "1 of 7 frames can be used; at least 2 are needed"),
         ("pi3", ["--pixels", 100], "--pixels 100: the smallest image that this attention takes has 196"),
         ("speed3r-pi3", ["--pixels", 3000], "--pixels 3000: the smallest image that this attention takes has 3136"),
-        ("streamvggt", ["--attention", "spark3r"], "attention 'spark3r' works where all frames see all"),
-        ("pi3", ["--attention", "lite3r"], "the network has no trained linear branch"),
+        ("streamvggt", ["--set", "engine.attention=spark3r"], "attention 'spark3r' works where all frames see all"),
+        ("pi3", ["--set", "engine.attention=lite3r"], "the network has no trained linear branch"),
     ],
 )
 def test_what_cannot_work_is_named(speed3r, images, tmp_path, capsys, name, more, says):
@@ -207,14 +202,15 @@ def test_what_cannot_work_is_named(speed3r, images, tmp_path, capsys, name, more
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--offline"], "the compact model streams only; name a backbone, e.g. --set engine.model=pi3"),
-        (["--offline", "--set", "engine.model=da3-mono"], "engine.model = 'da3-mono': choose one of"),
+        (["--offline"], "the compact model streams only; name a backbone, e.g. --model pi3"),
+        (["--offline", "--model", "da3-mono"], "engine.model = 'da3-mono': choose one of"),
         (
-            ["--offline", "--set", "engine.model=pi3", "--set", "engine.attention=dense"],
-            "with --offline use --attention",
+            ["--offline", "--model", "pi3", "--set", "engine.attention=flash"],
+            "engine.attention = 'flash': choose one of",
         ),
+        (["--offline", "--model", "pi3", "--set", "engine.precision=int8"], "only compact runs in it"),
+        (["--model", "pi3", "--set", "engine.attention=spark3r"], "works on whole sequences"),
         (["--views", "5"], "--views: goes with --offline only"),
-        (["--attention", "dense"], "--attention: goes with --offline only"),
     ],
 )
 def test_wrong_usage_is_named(images, tmp_path, capsys, arguments, says):
@@ -222,15 +218,9 @@ def test_wrong_usage_is_named(images, tmp_path, capsys, arguments, says):
     assert says in one_error(capsys) and os.listdir(tmp_path) == []
 
 
-def test_an_unknown_attention_is_refused_by_the_parser(images, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["reconstruct", str(images), "--out", str(tmp_path / "out"), "--offline", "--attention", "flash"])
-    assert stopped.value.code == 2 and "'flash'" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_missing_weights_are_named(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    arguments = ["--offline", "--set", "engine.model=pi3", "--set", "engine.device=cpu"]
+    arguments = ["--offline", "--model", "pi3", "--set", "engine.device=cpu"]
     assert main(["reconstruct", str(images), "--out", str(tmp_path / "out"), *arguments]) == 1
     assert "run `speed3r weights fetch pi3`" in one_error(capsys) and os.listdir(tmp_path) == []
 

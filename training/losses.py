@@ -1,7 +1,8 @@
 """Losses of the compact model: geometry up to one scale per sequence, poses without a gauge.
 
 Targets are a batch of `training.render.SceneDataset`: depth (B, T, H, W), ray (B, H, W, 2), camera-to-world R
-(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence. Shape suffixes as in `model.attention`.
+(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence; valid (B, T, H, W) is False on sky, whose depth is
+infinite, and on what moves: of these only the rays are learnt, and that they deserve no confidence. Shape suffixes as in `model.attention`.
 """
 
 from __future__ import annotations
@@ -41,11 +42,19 @@ def relative_poses(R: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return R_i @ R[:, None], (R_i @ (t[:, None] - t[:, :, None]).unsqueeze(-1)).squeeze(-1)
 
 
-def sequence_scale(z: Tensor, z_true: Tensor) -> Tensor:
-    """Robust scale (B,) that brings predicted depth z (B, T, H, W) to the truth: the median ratio of a subsample."""
+def sequence_scale(z: Tensor, z_true: Tensor, valid: Tensor) -> Tensor:
+    """Robust scale (B,) that brings predicted depth z (B, T, H, W) to the truth: the median ratio of a subsample of what is valid.
+
+    1 for a sequence of which nothing is.
+    """
     stride = max(1, z[0].numel() // 4096) | 1
-    a, b = z.flatten(1)[:, ::stride], z_true.flatten(1)[:, ::stride]
-    return (b / a.clamp_min(1e-6)).median(1).values
+    a, b, known = (x.flatten(1)[:, ::stride] for x in (z, z_true, valid))
+    return torch.where(known, b / a.clamp_min(1e-6), torch.nan).nanmedian(1).values.nan_to_num(1.0)
+
+
+def mean_where(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean of x where it is valid (of the same shape); 0 where nothing is."""
+    return torch.where(valid, x, 0.0).sum() / valid.sum().clamp_min(1)
 
 
 def soften(error: Tensor) -> Tensor:
@@ -70,10 +79,12 @@ def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> t
 
     Without pretrained features this is what makes matching emerge. Returns the loss and the share of right matches.
     """
-    depth, R, t = batch["depth"], batch["R"], batch["t"]
+    R, t, known = batch["R"], batch["t"], batch["valid"]
+    depth = torch.where(known, batch["depth"], 0.0)  # 0 is like no projected depth: never visible
     sequences, views, height, width = depth.shape
     columns, centre = width // patch, patch // 2
     z = depth[..., centre::patch, centre::patch].flatten(2)  # (B, T, P)
+    valid = known[..., centre::patch, centre::patch].flatten(2)
     ray = batch["ray"][:, centre::patch, centre::patch].flatten(1, 2)[:, None]
     camera = torch.cat([ray * z[..., None], z[..., None]], -1)
     world = (R[:, :, None] @ camera[..., None]).squeeze(-1) + t[:, :, None]
@@ -83,7 +94,7 @@ def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> t
     inside = (u > -0.5) & (u < width - 0.5) & (v > -0.5) & (v < height - 0.5) & (z_to > 0.01)
     column, row = u.round().clamp(0, width - 1).long(), v.round().clamp(0, height - 1).long()
     seen = torch.gather(depth_to.flatten(2), 2, row * width + column)
-    visible = (inside & ((seen - z_to).abs() < 0.04 * z_to)).float()
+    visible = (valid & inside & ((seen - z_to).abs() < 0.04 * z_to)).float()
     target = (row // patch) * columns + column // patch
     logits = descriptor @ descriptor.roll(-shift, 1).transpose(-1, -2)
     entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(visible)
@@ -97,23 +108,29 @@ def losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total loss and detached figures to log (rotation in degrees beside that of the identity)."""
     weights = weights or LossWeights()
-    z_true, ray_true = batch["depth"], batch["ray"].permute(0, 3, 1, 2)[:, None]
+    valid, ray_true = batch["valid"], batch["ray"].permute(0, 3, 1, 2)[:, None]
+    z_true = torch.where(valid, batch["depth"], 1.0)
     sequences, views = z_true.shape[:2]
     z = out.points[:, :, 2]
     ray = out.points[:, :, :2] / out.points[:, :, 2:]
-    scale = sequence_scale(z.detach(), z_true).clamp(1e-2, 1e2)
+    scale = sequence_scale(z.detach(), z_true, valid).clamp(1e-2, 1e2)
 
     # depth and rays apart: a joint |s P - P*| with a detached s lets the global scale run away
     log_error = (z * scale.view(-1, 1, 1, 1)).log() - z_true.log()
-    error = log_error.abs() + (ray - ray_true).abs().sum(2)
-    points = soften(error).mean()
+    ray_error = (ray - ray_true).abs().sum(2)
+    error = log_error.abs() + ray_error
+    points = mean_where(soften(error), valid) + mean_where(soften(ray_error), ~valid)  # rays are known everywhere
     gradient = z.new_zeros(())
     for step in (1, 4):
-        d = log_error[..., ::step, ::step]
-        gradient = gradient + (d[..., 1:] - d[..., :-1]).abs().clamp(max=0.5).mean()
-        gradient = gradient + (d[..., 1:, :] - d[..., :-1, :]).abs().clamp(max=0.5).mean()
-    confidence = F.binary_cross_entropy_with_logits(out.confidence, (error.detach() < CONFIDENT).float())
-    unit = z[:, 0].mean((1, 2)).log().abs().mean()  # the first frame fixes the scale: mean depth 1
+        d, m = log_error[..., ::step, ::step], valid[..., ::step, ::step]
+        for axis in (-1, -2):
+            both = m.narrow(axis, 1, m.shape[axis] - 1) & m.narrow(axis, 0, m.shape[axis] - 1)
+            gradient = gradient + mean_where(d.diff(dim=axis).abs().clamp(max=0.5), both)
+    right = (error.detach() < CONFIDENT) & valid
+    confidence = F.binary_cross_entropy_with_logits(out.confidence, right.float())
+    first = torch.where(valid[:, 0], z[:, 0], 0.0).sum((1, 2)) / valid[:, 0].sum((1, 2)).clamp_min(1)
+    first = torch.where(valid[:, 0].flatten(1).any(1), first, 1.0)
+    unit = first.log().abs().mean()  # the first frame fixes the scale: mean depth 1
 
     R, t = relative_poses(out.R, out.t)
     R_true, t_true = relative_poses(batch["R"], batch["t"])
@@ -154,6 +171,6 @@ def losses(
             matched=matched,
             gradient=gradient,
             sigma=sigma,
-            absrel=(log_error.flatten()[::97].exp() - 1).abs().median(),
+            absrel=torch.where(valid, log_error.exp() - 1, torch.nan).flatten()[::97].abs().nanmedian(),
         )
     return total, {name: value.detach() for name, value in figures.items()}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from speed3r_ros.model.memory import visibility
 from speed3r_ros.model.network import Block, GlobalBlock, Network, NetworkConfig
 from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import Batch, losses
-from speed3r_ros.training.render import SceneDataset
+from speed3r_ros.training.render import SPLITS, SceneDataset
 
 VIEWS = (2, 4, 6, 8, 12, 16, 24)  # frames of a sequence; drawn per step with the odds below
 VIEW_ODDS = (8, 15, 15, 22, 20, 14, 6)
@@ -143,6 +144,7 @@ class Trainer:
             config.width,
             textures_per_family=24 if cuda else 1,
             samples=4 if cuda else 1,
+            world=SPLITS["world"],
             verbose=self.rank == 0,
         )
         self.visibility = VisibilityBank(self.device, args.seed, args.bidirectional)
@@ -271,8 +273,8 @@ class Trainer:
         """Held-out rendered sequences, as a table and as JSON."""
         network, rows = self.averaged(), {}
         count = 96 if self.device.type == "cuda" else 2
-        for views in (2, 4, 8, 12, 24):
-            rows[f"{views} views"] = evaluate_rendered(
+        for split, views in itertools.product(SPLITS, (2, 4, 8, 12, 24)):
+            row = evaluate_rendered(
                 network,
                 count,
                 views,
@@ -280,8 +282,10 @@ class Trainer:
                 attention=self.args.attention,
                 top_k=self.args.top_k,
                 seed=100 + views,
+                split=split,
             )
-            self.say(f"held-out {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in rows[f"{views} views"].items()))
+            rows[f"{split}, {views} views"] = row
+            self.say(f"held-out {split}, {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in row.items()))
         (self.args.out / "held_out.json").write_text(json.dumps(rows, indent=1))
 
     def _save(self) -> None:

@@ -20,6 +20,7 @@ from speed3r_ros.model.backbones.blocks import (
     DinoV2,
     Layout,
     Mlp,
+    MultiView,
     by_frames,
     normalised,
     patch_grid,
@@ -27,7 +28,7 @@ from speed3r_ros.model.backbones.blocks import (
     set_precision,
 )
 from speed3r_ros.model.backbones.dpt import DPT, DualDPT, planes
-from speed3r_ros.model.backbones.heads import Heads
+from speed3r_ros.model.backbones.heads import Heads, per_view
 from speed3r_ros.model.backbones.results import (
     Reconstruction,
     intrinsics_from_fov,
@@ -37,6 +38,7 @@ from speed3r_ros.model.backbones.results import (
     rotation_from_quaternion,
     unproject,
 )
+from speed3r_ros.model.memory import Sight
 from speed3r_ros.model.spark3r import sensitive_layers
 
 SKY = 0.3  # of the sky output, from which a pixel counts as sky
@@ -112,12 +114,13 @@ class Encoder(DinoV2):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Images (F, 3, H, W) in [0, 1] -> taps, reference view (B,).
 
         A tap is (F, 1 + h * w, 2 C), the last output inside frames beside the current one, or (F, 1 + h * w, C) of a
         single-view model. camera: tokens (B, N, C) that stand for known poses; then there is no reference, as in
-        single-view models.
+        single-view models. sight: None = all views see all; else the reference is the first view.
         """
         start, taps = self.config.alternate_from, self.config.taps
         grid = patch_grid(*images.shape[2:])
@@ -131,13 +134,18 @@ class Encoder(DinoV2):
             tables = rotary(layout.at, width)
             # across views, all patches stand at the same place
             sensitive = sensitive_layers("da3", len(self.across_views))
-            across = AcrossViews.of(layout.at.clamp(max=1), 1, views, width, attention, top_k, chunk, sensitive)
+            at = layout.at.clamp(max=1)
+            across = AcrossViews.of(at, 1, views, width, attention, top_k, chunk, sensitive, sight=sight)
         outputs, inside = [], x
         for i, block in enumerate(self.blocks):
-            if start is not None and i == start - 1 and camera is None:
+            if start is not None and i == start - 1 and camera is None and sight is None:
                 chosen = reference_view(x[:, 0].unflatten(0, (-1, views)), reference)
             if i == start:
-                x[:, 0] = (self._camera_tokens(chosen, views) if camera is None else camera).flatten(0, 1)
+                if camera is None:
+                    number = torch.arange(views, device=x.device)
+                    is_reference = number == chosen[:, None] if sight is None else sight.first
+                    camera = self._camera_tokens(is_reference.expand(len(x) // views, -1))
+                x[:, 0] = camera.flatten(0, 1)
             if start is not None and i >= start and i % 2:
                 x = across(block, x, i // 2 - start // 2, chosen)
             else:
@@ -154,10 +162,9 @@ class Encoder(DinoV2):
         start = self.config.alternate_from
         return [block for i, block in enumerate(self.blocks) if i >= start and i % 2]
 
-    def _camera_tokens(self, chosen: Tensor, views: int) -> Tensor:
+    def _camera_tokens(self, is_reference: Tensor) -> Tensor:
         first, others = self.camera_token[0]
-        is_chosen = torch.arange(views, device=chosen.device) == chosen[:, None]
-        return torch.where(is_chosen[..., None], first, others)
+        return torch.where(is_reference[..., None], first, others)
 
     def features(self, taps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Taps -> what the dense head reads: patch tokens, of which the current output has passed the last norm."""
@@ -229,6 +236,7 @@ class AnyView(nn.Module):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> Heads:
         """See `Da3.trunk`."""
         views, size = images.shape[1], tuple(images.shape[3:])
@@ -240,7 +248,7 @@ class AnyView(nn.Module):
         camera, device = None, encoder.cls_token.device
         if K is not None:
             camera = self.cam_enc(normalised_poses(T_world_cam.to(device)), K.to(device), size)
-        taps, chosen = encoder(images.flatten(0, 1), views, camera, reference, attention, top_k, chunk)
+        taps, chosen = encoder(images.flatten(0, 1), views, camera, reference, attention, top_k, chunk, sight)
         raw = {} if chosen is None else dict(ref_view=chosen)
         if camera is not None:
             raw["cam_token_in"] = camera
@@ -260,9 +268,10 @@ class AnyView(nn.Module):
         return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T, K, raw=raw)
 
 
-class Da3(nn.Module):
+class Da3(MultiView):
     """Depth Anything 3, any number of views."""
 
+    specials = 1
     UNUSED = ("model.gs_head.",)
 
     def __init__(self, config: Da3Config = SMALL) -> None:
@@ -279,10 +288,6 @@ class Da3(nn.Module):
         set_precision(self.model.backbone, dtype, ())
         return self
 
-    def forward(self, *args: object, **options: object) -> Reconstruction:
-        """The geometry of all views at once. Arguments: see `trunk`."""
-        return self.trunk(*args, **options).whole()
-
     def trunk(
         self,
         images: Tensor,
@@ -293,6 +298,7 @@ class Da3(nn.Module):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> Heads:
         """Images (B, N, 3, H, W) in [0, 1], on any device -> geometry in the reference view's frame, one scale per sequence.
 
@@ -300,12 +306,11 @@ class Da3(nn.Module):
         come back are the network's still: relative to view 0 then, in units of the median distance to it. K has its
         principal point at (W / 2, H / 2) with pixel centres at integers. reference: see `reference_view`. attention: see
         `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
-        selected blocks alone count. chunk: views that all but that attention take at a time. raw: ray (B, N, 8 h, 8 w, 6),
-        direction and origin in the world.
+        selected blocks alone count. chunk: views that all but that attention take at a time. sight: None = all views see
+        all; else the reference is the first view. raw: ray (B, N, 8 h, 8 w, 6), direction and origin in the world.
         """
-        return self.model.trunk(
-            images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk
-        )
+        options = dict(reference=reference, attention=attention, top_k=top_k, chunk=chunk, sight=sight)
+        return self.model.trunk(images, T_world_cam, K, **options)
 
 
 class Mono(nn.Module):
@@ -329,11 +334,17 @@ class Mono(nn.Module):
         return log_depth.exp(), sky.relu()
 
 
-def quantile(x: Tensor, q: float) -> Tensor:
-    """Linearly interpolated quantile of values (X,), of any number; torch's own takes 16 million at most."""
-    place = q * (len(x) - 1)
-    x, low = x.sort().values, int(place)
-    return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], place - low)
+def quantile(x: Tensor, q: float, valid: Tensor) -> Tensor:
+    """Linearly interpolated quantile of the valid ones of finite values, both (...); infinite where there are none.
+
+    Of any number of values, where torch's own takes 16 million at most, and without waiting for the GPU to count them.
+    """
+    x = x.masked_fill(~valid, torch.inf).flatten().sort().values
+    last = (valid.sum() - 1).clamp(min=0)
+    place = q * last.double()
+    low = place.long()
+    values = x[torch.stack([low, (low + 1).minimum(last)])]
+    return torch.where(values[0].isinf(), values[0], torch.lerp(*values, (place - low).to(x.dtype)))
 
 
 def far_depth(depth: Tensor, sky: Tensor, limit: float = float("inf")) -> Tensor:
@@ -341,9 +352,8 @@ def far_depth(depth: Tensor, sky: Tensor, limit: float = float("inf")) -> Tensor
 
     NaN, to leave the sky's depth as it is, if either has 10 pixels or fewer.
     """
-    if min(sky.sum(), (~sky).sum()) <= 10:
-        return depth.new_full((), torch.nan)
-    return quantile(depth[~sky], 0.99).clamp(max=limit)
+    enough = torch.minimum(sky.sum(), (~sky).sum()) > 10
+    return quantile(depth, 0.99, ~sky).clamp(max=limit).where(enough, torch.nan)
 
 
 def with_sky(depth: Tensor, sky: Tensor, far: Tensor) -> Tensor:
@@ -384,9 +394,10 @@ def focal(K: Tensor) -> Tensor:
     return ((K[..., 0, 0] + K[..., 1, 1]) / 2)[..., None, None]
 
 
-class Da3Nested(nn.Module):
+class Da3Nested(MultiView):
     """An any-view network whose scale comes from the metric single-view one."""
 
+    specials = 1
     UNUSED = ("model.da3.gs_head.",)
 
     def __init__(self, config: Da3Config = GIANT, mono: Da3Config = MONO) -> None:
@@ -399,15 +410,15 @@ class Da3Nested(nn.Module):
         """Blocks across views."""
         return self.model.da3.backbone.pretrained.across_views
 
+    def state(self, slots: int) -> dict[str, tuple[int, ...]]:
+        """See `MultiView.state`."""
+        return {"metric": (1,)}
+
     def precision(self, dtype: torch.dtype | str) -> Da3Nested:
         """Run the products of both encoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
         for network in (self.model.da3, self.model.da3_metric):
             set_precision(network.backbone, dtype, ())
         return self
-
-    def forward(self, *args: object, **options: object) -> Reconstruction:
-        """The geometry of all views at once. Arguments: see `trunk`."""
-        return self.trunk(*args, **options).whole()
 
     def trunk(
         self,
@@ -419,15 +430,16 @@ class Da3Nested(nn.Module):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> Heads:
         """As `Da3.trunk`, in metres; the sky has a far depth, 200 m at most, and no confidence.
 
-        Scale and far depth come from all pixels, so that the networks' heads run here; what they say waits where the images
-        lie, on the host if that is there.
+        Scale and far depth come from all pixels, with `sight` the scale from those of the first view, so that the networks'
+        heads run here; what they say waits where the images lie, on the host if that is there.
         """
-        any_view = self.model.da3.trunk(
-            images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk
-        )
+        views = images.shape[1]
+        options = dict(reference=reference, attention=attention, top_k=top_k, chunk=chunk, sight=sight)
+        any_view = self.model.da3.trunk(images, T_world_cam, K, **options)
         device, home = any_view.tokens[0].device, images.device
 
         def read(images: Tensor, *taps: Tensor) -> tuple[Tensor, ...]:
@@ -435,19 +447,15 @@ class Da3Nested(nn.Module):
             return tuple(x.to(home) for x in (metres[0], sky[0], *any_view.read(*taps)))
 
         outputs = by_frames(read, chunk, images.flatten(0, 1), *any_view.tokens)
-        metres, sky, log_depth, logit, _, _, K, _ = (x.unflatten(0, images.shape[:2]) for x in outputs)
+        metres, sky, log_depth, logit, _, _, K, _ = (x.unflatten(0, (-1, views)) for x in outputs)
         depth, metres, sky = log_depth.exp(), metres * focal(K) / 300, sky >= SKY
-        scale = torch.stack([self._scale(*x) for x in zip(depth, metres, 1 + logit.exp(), sky)])
+        asked = [y if sight is None else y[:, :1] for y in (depth, metres, 1 + logit.exp(), sky)]
+        scale = torch.stack([self._scale(*x) for x in zip(*asked)])
+        if sight is not None:
+            scale = sight.of_first("metric", scale)
         far = torch.stack([far_depth(d * s, k, 200.0) for d, s, k in zip(depth, scale, sky)])
-        constants = (x.repeat_interleave(images.shape[1]) for x in (scale, far))
-        return Heads(
-            (*outputs[1:], *constants),
-            lambda *x: tuple(y.to(device) for y in x),
-            self.assemble,
-            images.shape[1],
-            chunk,
-            any_view.raw,
-        )
+        tokens = (*outputs[1:], per_view(scale, views), per_view(far, views))
+        return Heads(tokens, lambda *x: tuple(y.to(device) for y in x), self.assemble, views, chunk, any_view.raw)
 
     @staticmethod
     def assemble(sky: Tensor, *outputs: Tensor) -> Reconstruction:
@@ -465,8 +473,7 @@ class Da3Nested(nn.Module):
 
     @staticmethod
     def _scale(depth: Tensor, metres: Tensor, confidence: Tensor, sky: Tensor) -> Tensor:
-        """Metres per unit of one sequence by least squares over its confident pixels; 1 where all is sky. (N, H, W) each."""
-        if sky.all():
-            return depth.new_ones(())
-        good = (confidence >= quantile(confidence[~sky], 0.5)) & ~sky & (metres > 0.01) & (depth > 1e-3)
-        return (metres * depth)[good].sum() / depth[good].square().sum()
+        """Metres per unit of one sequence, by least squares over confident pixels; 1 without any. (N, H, W) each."""
+        good = (confidence >= quantile(confidence, 0.5, ~sky)) & ~sky & (metres > 0.01) & (depth > 1e-3)
+        scale = (metres * depth).where(good, 0).sum() / depth.square().where(good, 0).sum()
+        return scale.where(good.any(), 1)

@@ -11,6 +11,11 @@ from speed3r_ros.model.backbones.blocks import by_frames
 from speed3r_ros.model.backbones.results import Reconstruction
 
 
+def per_view(values: Tensor, views: int) -> Tensor:
+    """Values of B sequences (B,) -> the same for each of their views, (B * N,)."""
+    return values[:, None].expand(-1, views).flatten()
+
+
 @dataclass(frozen=True)
 class Heads:
     """Heads that have not run yet, and what they read, once the views have met.
