@@ -2,12 +2,14 @@
 
     python benchmarks/strategies.py                                    # on a GPU with 139 GiB; about half an hour
     python benchmarks/strategies.py --backbones pi3 --strategies dense spark3r --views 256
+    python benchmarks/strategies.py --parts                            # as `speed3r reconstruct --offline` runs them
     python benchmarks/strategies.py --tiny                             # on a CPU in seconds, to see that it runs
 
 Published sizes, from images to points and poses; bf16, or `--precision fp8`. Dense attention is the library's fastest, cuDNN's.
 Differences are those of the outputs from dense attention's in the same run. Unless `--checkpoint` is given, weights are
 random (one seed, LayerScale 0.3 so that blocks matter): then the differences say that a strategy is an approximation of dense
 attention and how close, but nothing about accuracy. Views are crops of one random texture, 8 pixels apart. Prints Markdown.
+With `--parts` images start on the host and maps return there a chunk of views at a time; else both stay on the GPU.
 """
 
 from __future__ import annotations
@@ -70,28 +72,38 @@ def sequence(views: int, height: int, width: int, device: torch.device) -> Tenso
     return torch.stack([plane[:, :, 8 * t : 8 * t + width] for t in range(views)])[None]
 
 
-def seconds_and_peak(model: nn.Module, images: Tensor, strategy: Strategy) -> tuple[float, float, Reconstruction]:
-    """Seconds of the fastest of up to three runs, GiB allocated at its worst (0 on a CPU), and its output."""
-    on_gpu, times = images.is_cuda, []
+def seconds_and_peak(
+    model: nn.Module, images: Tensor, strategy: Strategy, parts: bool
+) -> tuple[float, float, tuple[Tensor, Tensor]]:
+    """Seconds of the fastest of up to three runs, GiB allocated at its worst (0 on a CPU), and its output as `compared`."""
+    on_gpu, times = next(model.parameters()).is_cuda, []
     while True:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         start = time.perf_counter()
-        out = model(images, attention=strategy)
+        heads = model.trunk(images, attention=strategy)
+        out = [on_host(part) for part in heads.parts()] if parts else [heads.whole()]
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         if len(times) == 3 or sum(times) > PATIENCE:
-            return min(times), peak, out
-        del out
+            return min(times), peak, compared(out)
+        del heads, out
 
 
-def compared(out: Reconstruction) -> tuple[Tensor, Tensor]:
-    """Depth (N, H, W), every 7th pixel, and rotations from view 0 (N, 3, 3), on the host."""
-    R = out.T_world_cam[0, :, :3, :3]
-    return out.depth[0, :, ::7, ::7].float().cpu(), (R[0].mT @ R).double().cpu()
+def on_host(part: Reconstruction) -> Reconstruction:
+    """What a map is made of: depth, points, confidence and poses."""
+    fields = ("depth", "points", "confidence", "T_world_cam")
+    return Reconstruction(**{name: getattr(part, name).cpu() for name in fields})
+
+
+def compared(out: list[Reconstruction]) -> tuple[Tensor, Tensor]:
+    """Of all views in their order: depth (N, H, W), every 7th pixel, and rotations from view 0 (N, 3, 3), on the host."""
+    depth = [part.depth[..., ::7, ::7].flatten(0, -3).float().cpu() for part in out]
+    R = torch.cat([part.T_world_cam[..., :3, :3].flatten(0, -3).double().cpu() for part in out])
+    return torch.cat(depth), R[0].mT @ R
 
 
 def differences(out: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor], trained: bool) -> str:
@@ -106,11 +118,13 @@ def differences(out: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor], traine
     return f"{log_ratio.median():.1e} | {p95:.1e} | {f'{angle.median():.3f}' if trained else '–'}"
 
 
-def row(model: nn.Module, images: Tensor, name: str, base: tuple | None, trained: bool) -> tuple[str, tuple | None]:
+def row(
+    model: nn.Module, images: Tensor, name: str, base: tuple | None, trained: bool, parts: bool
+) -> tuple[str, tuple | None]:
     """Cells of a configuration, and its seconds and output for the rows below."""
     try:
-        seconds, peak, out = seconds_and_peak(model, images, OPTIONS[name])
-        result = seconds, compared(out)
+        seconds, peak, out = seconds_and_peak(model, images, OPTIONS[name], parts)
+        result = seconds, out
     except torch.OutOfMemoryError:
         return "out of memory | – | – | – | – | –", None
     except ValueError as refusal:
@@ -133,6 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
     parser.add_argument("--checkpoint", help="published weights of the one backbone that is named")
+    parser.add_argument("--parts", action="store_true", help="images and maps on the host, the GPU sees chunks of them")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.checkpoint and len(args.backbones) > 1:
@@ -151,9 +166,9 @@ def main() -> None:
         print("| views | attention | s | times dense | peak, GiB | depth differs, median | p95 | rotation, deg |")
         print("|---|---|---|---|---|---|---|---|")
         for views in args.views:
-            images, base = sequence(views, *args.size, device), None
+            images, base = sequence(views, *args.size, torch.device("cpu") if args.parts else device), None
             for strategy in sorted(args.strategies, key=lambda name: name != "dense"):
-                cells, result = row(model, images, strategy, base, bool(args.checkpoint))
+                cells, result = row(model, images, strategy, base, bool(args.checkpoint), args.parts)
                 base = result if strategy == "dense" else base
                 print(f"| {views} | {strategy} | {cells} |", flush=True)
                 gc.collect()

@@ -1,6 +1,7 @@
 """The bag command: the node's work on recorded images, without ROS.
 
 Writes `trajectory.tum`, `map.ply`, `report.html` and, as an mcap bag, the messages that the node would have published.
+With --offline an official backbone reconstructs all views at once (`offline.py`), without the bag.
 """
 
 from __future__ import annotations
@@ -55,6 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-frames", type=positive, metavar="N", help="stop after N frames")
     parser.add_argument("--no-bag", dest="bag", action="store_false", help="do not write the messages to DIR/bag")
     add_settings(parser)
+    together = parser.add_argument_group(
+        "all views at once", "with an official backbone, e.g. --offline --model pi3; writes no bag"
+    )
+    together.add_argument("--offline", action="store_true", help="reconstruct all views together, not frame by frame")
+    together.add_argument("--views", type=positive, metavar="N", help="at most N views, spread evenly (default 1000)")
+    together.add_argument(
+        "--pixels",
+        type=positive,
+        metavar="N",
+        help="at most N pixels per view (default 200000); sides become multiples of 14, or of 56 for attention in blocks",
+    )
 
 
 def positive(text: str) -> int:
@@ -68,7 +80,9 @@ def run(options: argparse.Namespace) -> int:
     """0; 1 or, for wrong usage, 2 after one line that says what is wrong; 130 when interrupted, with nothing written."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        config = read_settings(options.config, options.set, options.model)
+        whole = ["engine.streaming=windowed"] if options.offline else []  # admits attention that needs whole sequences
+        config = read_settings(options.config, [*whole, *options.set], options.model)
+        together = offline_options(options, config)
         check_destination(options.out, options.overwrite, Path(options.input), OUTPUTS, "report.html")
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
@@ -77,12 +91,17 @@ def run(options: argparse.Namespace) -> int:
         engine = config.engine
         if engine.model != "compact":  # said at once
             checkpoint_file(engine.model, engine.weights or None)
-        from speed3r_ros.pipeline import Pipeline
-
         source = open_source(options.input, options.topic)
         with folder_written_whole(options.out, OUTPUTS) as folder:
-            pipeline = Pipeline(config)
-            results = reconstruct(source, pipeline, folder, options.stride, options.max_frames, options.bag)
+            if options.offline:
+                from speed3r_ros.offline import Options, reconstruct_offline
+
+                results = reconstruct_offline(source, config, Options(**together), folder)
+            else:
+                from speed3r_ros.pipeline import Pipeline
+
+                pipeline = Pipeline(config)
+                results = reconstruct(source, pipeline, folder, options.stride, options.max_frames, options.bag)
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 1
@@ -92,6 +111,19 @@ def run(options: argparse.Namespace) -> int:
     print(summary(results))
     print(f"results    {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
     return 0
+
+
+def offline_options(options: argparse.Namespace, config: Config) -> dict[str, object]:
+    """What was said to `offline.Options`. Raise ValueError for what does not go together."""
+    given = {name: getattr(options, name) for name in ("views", "pixels")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not options.offline:
+        if given:
+            raise ValueError(f"--{next(iter(given))}: goes with --offline only")
+        return {}
+    if config.engine.model == "compact":
+        raise ValueError("--offline: the compact model streams only; name a backbone, e.g. --model pi3")
+    return dict(given, stride=options.stride, limit=options.max_frames)
 
 
 def check_destination(out: Path, overwrite: bool, given: Path, outputs: set[str], mark: str) -> None:

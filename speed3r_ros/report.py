@@ -133,7 +133,8 @@ def head(results: Results) -> str:
     cells = "".join(f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for label, value in tiles)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     mode = "live, over ROS 2" if results.live else "offline"
-    return f'<h1>{html.escape(results.name)}</h1>\n<p>Streaming reconstruction, {mode}. {made}.</p>\n<div class="tiles">{cells}</div>'
+    what = "Reconstruction of all views at once" if results.at_once else f"Streaming reconstruction, {mode}"
+    return f'<h1>{html.escape(results.name)}</h1>\n<p>{what}. {made}.</p>\n<div class="tiles">{cells}</div>'
 
 
 def trajectory_section(results: Results) -> str:

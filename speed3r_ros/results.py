@@ -37,7 +37,8 @@ class Results:
     points, colors: the final map in the trajectory's world, (N, 3) float32 and (N, 3) uint8.
     latency_s: (N,) seconds from a frame's arrival to its pose. wall_s: (N,) monotonic times of the poses.
     depth_wall_s: (M,) the same of the depth images. live: frames came in real time, so that slow processing leaves some
-    without depth, or drops them. lost: frames without a pose, by reason. confidence: how it sorts errors of depth, if known.
+    without depth, or drops them. at_once: all views were reconstructed together. lost: frames without a pose, by reason.
+    confidence: how it sorts errors of depth, if known.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Results:
     wall_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
     depth_wall_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
     live: bool = False
+    at_once: bool = False
     lost: dict[str, int] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
     confidence: Sparsification | None = None

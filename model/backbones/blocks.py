@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum, patch_product
 from speed3r_ros.model.quantised import Fp8Linear, fp8_units
 from speed3r_ros.model.strategies import strategy_for
+
+if TYPE_CHECKING:  # it imports this module
+    from speed3r_ros.model.backbones.heads import Heads
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 14
@@ -501,7 +504,7 @@ class DinoV2(nn.Module):
 
 
 class MultiView(nn.Module):
-    """A model of several views: what streaming it needs to know. `forward` takes its images and `sight`, among others.
+    """A model of several views: `trunk` is all but its heads, `forward` the whole; the rest is what streaming it needs to know.
 
     attention: what it was trained with. specials: tokens per view before the patches.
     """
@@ -513,6 +516,14 @@ class MultiView(nn.Module):
     def across_views(self) -> list[Block]:
         """Blocks across views, in the order in which they run."""
         raise NotImplementedError
+
+    def trunk(self, images: Tensor, **options: object) -> Heads:
+        """Images (B, N, 3, H, W) in [0, 1], on any device -> heads that have yet to run. `sight` is one of the options."""
+        raise NotImplementedError
+
+    def forward(self, *args: object, **options: object) -> Reconstruction:
+        """The geometry of all views at once. Arguments: see `trunk`."""
+        return self.trunk(*args, **options).whole()
 
     def working_size(self, height: int, width: int) -> tuple[int, int]:
         """Size at which images of the given size are computed. ValueError: see `patch_grid`."""

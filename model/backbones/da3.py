@@ -27,7 +27,8 @@ from speed3r_ros.model.backbones.blocks import (
     rotary,
     set_precision,
 )
-from speed3r_ros.model.backbones.dpt import DPT, DualDPT
+from speed3r_ros.model.backbones.dpt import DPT, DualDPT, planes
+from speed3r_ros.model.backbones.heads import Heads, per_view
 from speed3r_ros.model.backbones.results import (
     Reconstruction,
     intrinsics_from_fov,
@@ -123,7 +124,8 @@ class Encoder(DinoV2):
         """
         start, taps = self.config.alternate_from, self.config.taps
         grid = patch_grid(*images.shape[2:])
-        x = by_frames(lambda part: self.embed(normalised(part)), chunk, images)
+        device = self.cls_token.device
+        x = by_frames(lambda part: self.embed(normalised(part.to(device))), chunk, images)
         layout = tables = across = chosen = None
         if start is not None:
             layout = Layout(grid, 1, attention, x.device)
@@ -182,7 +184,7 @@ class CameraDecoder(nn.Module):
         self.fc_fov = nn.Sequential(nn.Linear(channels, 2), nn.ReLU())
 
     def forward(self, token: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(B, N, C) -> camera-to-world (B, N, 4, 4), intrinsics (B, N, 3, 3) of images of H x W."""
+        """(F, C) -> camera-to-world (F, 4, 4), intrinsics (F, 3, 3) of images of H x W."""
         x = self.backbone(token)
         T = rigid(rotation_from_quaternion(self.fc_qvec(x)), self.fc_t(x))
         return T, intrinsics_from_fov(self.fc_fov(x), size)
@@ -224,7 +226,7 @@ class AnyView(nn.Module):
         self.head = DualDPT(2 * config.channels, config.features, config.levels)
         self.cam_dec, self.cam_enc = CameraDecoder(2 * config.channels), CameraEncoder(config.channels)
 
-    def forward(
+    def trunk(
         self,
         images: Tensor,
         T_world_cam: Tensor | None = None,
@@ -235,29 +237,34 @@ class AnyView(nn.Module):
         top_k: int = 32,
         chunk: int = 8,
         sight: Sight | None = None,
-    ) -> Reconstruction:
-        """See `Da3.forward`."""
-        (b, views), size = images.shape[:2], tuple(images.shape[3:])
+    ) -> Heads:
+        """See `Da3.trunk`."""
+        views, size = images.shape[1], tuple(images.shape[3:])
         if reference not in REFERENCES:
             raise ValueError(f"reference {reference!r}: choose one of {', '.join(REFERENCES)}")
         if (T_world_cam is None) != (K is None):
             raise ValueError("known poses need known intrinsics, and these need poses: give both T_world_cam and K")
         grid, encoder = patch_grid(*size), self.backbone.pretrained
-        camera = None if K is None else self.cam_enc(normalised_poses(T_world_cam), K, size)
+        camera, device = None, encoder.cls_token.device
+        if K is not None:
+            camera = self.cam_enc(normalised_poses(T_world_cam.to(device)), K.to(device), size)
         taps, chosen = encoder(images.flatten(0, 1), views, camera, reference, attention, top_k, chunk, sight)
-        maps, rays = (
-            x.unflatten(0, (b, views)) for x in by_frames(lambda *x: self.head(encoder.features(x), grid), chunk, *taps)
-        )
-        token = taps[-1][:, 0].unflatten(0, (b, views))
-        T, K = self.cam_dec(token, size)
-        log_depth, logit = maps.unbind(2)
-        depth, rays = log_depth.exp(), rays.movedim(2, -1)
-        raw = dict(depth=depth, depth_conf=1 + logit.exp(), ray=rays[..., :6], ray_conf=1 + rays[..., 6].exp())
-        raw |= dict(extrinsics=invert(T)[..., :3, :], intrinsics=K, camera_token_last=token)
-        if chosen is not None:
-            raw["ref_view"] = chosen
+        raw = {} if chosen is None else dict(ref_view=chosen)
         if camera is not None:
             raw["cam_token_in"] = camera
+
+        def read(*taps: Tensor) -> tuple[Tensor, ...]:
+            token, (maps, rays) = taps[-1][:, 0], self.head(encoder.features(taps), grid)
+            return *planes(maps), rays, *self.cam_dec(token, size), token
+
+        return Heads(tuple(taps), read, self.assemble, views, chunk, raw)
+
+    @staticmethod
+    def assemble(log_depth: Tensor, logit: Tensor, rays: Tensor, T: Tensor, K: Tensor, token: Tensor) -> Reconstruction:
+        """Outputs of both heads, (..., H, W) twice and (..., 7, 8 h, 8 w), and the cameras from tokens (..., C)."""
+        depth, rays = log_depth.exp(), rays.movedim(-3, -1)
+        raw = dict(depth=depth, depth_conf=1 + logit.exp(), ray=rays[..., :6], ray_conf=1 + rays[..., 6].exp())
+        raw |= dict(extrinsics=invert(T)[..., :3, :], intrinsics=K, camera_token_last=token)
         return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T, K, raw=raw)
 
 
@@ -281,7 +288,7 @@ class Da3(MultiView):
         set_precision(self.model.backbone, dtype, ())
         return self
 
-    def forward(
+    def trunk(
         self,
         images: Tensor,
         T_world_cam: Tensor | None = None,
@@ -292,8 +299,8 @@ class Da3(MultiView):
         top_k: int = 32,
         chunk: int = 8,
         sight: Sight | None = None,
-    ) -> Reconstruction:
-        """Images (B, N, 3, H, W) in [0, 1] -> geometry in the reference view's frame, of one scale per sequence.
+    ) -> Heads:
+        """Images (B, N, 3, H, W) in [0, 1], on any device -> geometry in the reference view's frame, one scale per sequence.
 
         T_world_cam (B, N, 4, 4), camera-to-world, and K (B, N, 3, 3) condition the network where known. The poses that
         come back are the network's still: relative to view 0 then, in units of the median distance to it. K has its
@@ -303,7 +310,7 @@ class Da3(MultiView):
         all; else the reference is the first view. raw: ray (B, N, 8 h, 8 w, 6), direction and origin in the world.
         """
         options = dict(reference=reference, attention=attention, top_k=top_k, chunk=chunk, sight=sight)
-        return self.model(images, T_world_cam, K, **options)
+        return self.model.trunk(images, T_world_cam, K, **options)
 
 
 class Mono(nn.Module):
@@ -340,13 +347,18 @@ def quantile(x: Tensor, q: float, valid: Tensor) -> Tensor:
     return torch.where(values[0].isinf(), values[0], torch.lerp(*values, (place - low).to(x.dtype)))
 
 
-def fill_sky(depth: Tensor, sky: Tensor, limit: float = float("inf")) -> Tensor:
-    """Depth (N, H, W) of one sequence, where sky (N, H, W, bool) is far: the 0.99 quantile of the rest, at most `limit`.
+def far_depth(depth: Tensor, sky: Tensor, limit: float = float("inf")) -> Tensor:
+    """Depth () of the sky of one sequence: the 0.99 quantile of the rest, at most `limit`. depth, sky (bool): (N, H, W).
 
-    Unchanged if either has 10 pixels or fewer.
+    NaN, to leave the sky's depth as it is, if either has 10 pixels or fewer.
     """
     enough = torch.minimum(sky.sum(), (~sky).sum()) > 10
-    return torch.where(sky & enough, quantile(depth, 0.99, ~sky).clamp(max=limit), depth)
+    return quantile(depth, 0.99, ~sky).clamp(max=limit).where(enough, torch.nan)
+
+
+def with_sky(depth: Tensor, sky: Tensor, far: Tensor) -> Tensor:
+    """Depth with the sky at `far`, or as it is where that is NaN. All broadcast."""
+    return torch.where(sky & ~far.isnan(), far, depth)
 
 
 class Da3Mono(nn.Module):
@@ -368,7 +380,7 @@ class Da3Mono(nn.Module):
         sky (B, N, H, W), of which values from 0.3 on mean sky.
         """
         head_depth, sky = self.model(images, chunk)
-        depth = torch.stack([fill_sky(d, s >= SKY) for d, s in zip(head_depth, sky)])
+        depth = torch.stack([with_sky(d, s >= SKY, far_depth(d, s >= SKY)) for d, s in zip(head_depth, sky)])
         raw = dict(head_depth=head_depth, depth_after_sky=depth, sky=sky)
         if K is None:
             return Reconstruction(depth, raw=raw)
@@ -408,7 +420,7 @@ class Da3Nested(MultiView):
             set_precision(network.backbone, dtype, ())
         return self
 
-    def forward(
+    def trunk(
         self,
         images: Tensor,
         T_world_cam: Tensor | None = None,
@@ -419,24 +431,41 @@ class Da3Nested(MultiView):
         top_k: int = 32,
         chunk: int = 8,
         sight: Sight | None = None,
-    ) -> Reconstruction:
-        """As `Da3.forward`, in metres; the sky has a far depth, 200 m at most, and no confidence.
+    ) -> Heads:
+        """As `Da3.trunk`, in metres; the sky has a far depth, 200 m at most, and no confidence.
 
-        With `sight`, the first view alone says how long a metre is.
+        Scale and far depth come from all pixels, with `sight` the scale from those of the first view, so that the networks'
+        heads run here; what they say waits where the images lie, on the host if that is there.
         """
+        views = images.shape[1]
         options = dict(reference=reference, attention=attention, top_k=top_k, chunk=chunk, sight=sight)
-        out = self.model.da3(images, T_world_cam, K, **options)
-        metres, sky = self.model.da3_metric(images, chunk)
-        metres, sky = metres * focal(out.K) / 300, sky >= SKY
-        asked = [y if sight is None else y[:, :1] for y in (out.depth, metres, out.raw["depth_conf"], sky)]
+        any_view = self.model.da3.trunk(images, T_world_cam, K, **options)
+        device, home = any_view.tokens[0].device, images.device
+
+        def read(images: Tensor, *taps: Tensor) -> tuple[Tensor, ...]:
+            metres, sky = self.model.da3_metric(images[None].to(device), chunk)
+            return tuple(x.to(home) for x in (metres[0], sky[0], *any_view.read(*taps)))
+
+        outputs = by_frames(read, chunk, images.flatten(0, 1), *any_view.tokens)
+        metres, sky, log_depth, logit, _, _, K, _ = (x.unflatten(0, (-1, views)) for x in outputs)
+        depth, metres, sky = log_depth.exp(), metres * focal(K) / 300, sky >= SKY
+        asked = [y if sight is None else y[:, :1] for y in (depth, metres, 1 + logit.exp(), sky)]
         scale = torch.stack([self._scale(*x) for x in zip(*asked)])
         if sight is not None:
             scale = sight.of_first("metric", scale)
-        scaled = out.depth * scale[:, None, None, None]
-        depth = torch.stack([fill_sky(d, s, 200.0) for d, s in zip(scaled, sky)])
-        T = rigid(out.T_world_cam[..., :3, :3], out.T_world_cam[..., :3, 3] * scale[:, None, None])
-        raw = dict(out.raw, depth=depth, depth_conf=out.raw["depth_conf"].masked_fill(sky, 1), scale_factor=scale)
-        raw["extrinsics"] = invert(T)[..., :3, :]
+        far = torch.stack([far_depth(d * s, k, 200.0) for d, s, k in zip(depth, scale, sky)])
+        tokens = (*outputs[1:], per_view(scale, views), per_view(far, views))
+        return Heads(tokens, lambda *x: tuple(y.to(device) for y in x), self.assemble, views, chunk, any_view.raw)
+
+    @staticmethod
+    def assemble(sky: Tensor, *outputs: Tensor) -> Reconstruction:
+        """Sky output (..., H, W), what `AnyView.assemble` takes, and (...) metres per unit and the sky's far depth."""
+        *any_view, scale, far = outputs
+        out, sky = AnyView.assemble(*any_view), sky >= SKY
+        depth = with_sky(out.depth * scale[..., None, None], sky, far[..., None, None])
+        T = rigid(out.T_world_cam[..., :3, :3], out.T_world_cam[..., :3, 3] * scale[..., None])
+        raw = dict(out.raw, depth=depth, depth_conf=out.raw["depth_conf"].masked_fill(sky, 1))
+        raw |= dict(scale_factor=scale[..., 0], extrinsics=invert(T)[..., :3, :])
         confidence = out.confidence.masked_fill(sky, 0)
         return replace(
             out, depth=depth, points=unproject(depth, out.K), confidence=confidence, T_world_cam=T, metric=True, raw=raw

@@ -31,6 +31,14 @@ def add_plane(x: Tensor, aspect: float) -> Tensor:
     return x + 0.1 * torch.cat([u.sin(), u.cos(), v.sin(), v.cos()]).to(x.dtype)
 
 
+def planes(maps: Tensor) -> tuple[Tensor, ...]:
+    """The channels of maps (f, X, H, W), X of (f, H, W) that lie in memory alike however many frames there are.
+
+    Elsewhere the last bit of a function of them depends on the layout.
+    """
+    return tuple(x.contiguous() for x in maps.unbind(1))
+
+
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, corners aligned."""
     return F.interpolate(x, size, mode="bilinear", align_corners=True)

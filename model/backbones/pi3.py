@@ -36,6 +36,7 @@ from speed3r_ros.model.backbones.blocks import (
     tf32_products,
 )
 from speed3r_ros.model.backbones.dpt import view_plane
+from speed3r_ros.model.backbones.heads import Heads, per_view
 from speed3r_ros.model.backbones.results import Reconstruction, invert, nearest_rotation, rigid
 from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.network import compute_dtype
@@ -170,7 +171,7 @@ class CameraHead(nn.Module):
 
 
 class Pi3(MultiView):
-    """Pi3 by its published sizes. `forward` is the whole model; the other methods are its stages."""
+    """Pi3 by its published sizes. `forward` is the whole model, `trunk` all but its heads; the other methods are its stages."""
 
     max_log_depth = float("inf")
 
@@ -218,8 +219,9 @@ class Pi3(MultiView):
         return self.config.registers
 
     def encode(self, images: Tensor, chunk: int) -> Tensor:
-        """Images (F, 3, H, W) in [0, 1] -> patch tokens (F, h * w, C), row-major."""
-        return by_frames(lambda x: self.encoder((x - self.image_mean) / self.image_std), chunk, images)
+        """Images (F, 3, H, W) in [0, 1], on any device -> patch tokens (F, h * w, C), row-major."""
+        mean, std = self.image_mean, self.image_std
+        return by_frames(lambda x: self.encoder((x.to(mean.device) - mean) / std), chunk, images)
 
     def _tables(self, at: Tensor) -> Tables:
         return rotary(at, self.config.channels // self.config.heads, self._rounded)
@@ -272,9 +274,9 @@ class Pi3(MultiView):
         with tf32_products(self._rounded != torch.float32):  # what they read was rounded to fewer bits
             return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
 
-    def assemble(
+    def heads(
         self, decoded: tuple[Tensor, Tensor], views: int, grid: tuple[int, int], size: tuple[int, int], chunk: int
-    ) -> Reconstruction:
+    ) -> Heads:
         """Outputs of `decode` -> maps at `size` (H, W), which may differ from the size of the grid, and poses."""
         tables = self._tables(positions(*grid, self.specials, None, decoded[0].device))
 
@@ -286,13 +288,17 @@ class Pi3(MultiView):
             z = point[:, 2:].clamp(max=self.max_log_depth).exp()
             return torch.cat([point[:, :2] * z, z], 1).permute(0, 2, 3, 1).contiguous(), conf[:, 0], camera
 
-        points, conf, camera = (y.unflatten(0, (-1, views)) for y in by_frames(maps, chunk, *decoded))
+        return Heads(decoded, maps, self.assemble, views, chunk)
+
+    @staticmethod
+    def assemble(points: Tensor, conf: Tensor, camera: Tensor) -> Reconstruction:
+        """Points (..., H, W, 3), confidence logit (..., H, W) and the camera head's output (..., 12)."""
         R = nearest_rotation(F.normalize(camera[..., 3:].unflatten(-1, (3, 3)), dim=-1))
         pose = rigid(R, camera[..., :3])
         raw = dict(conf=conf[..., None], camera_poses=pose, local_points=points)
         return Reconstruction(points[..., 2], points, conf.sigmoid(), pose, raw=raw)
 
-    def forward(
+    def trunk(
         self,
         images: Tensor,
         *,
@@ -300,8 +306,8 @@ class Pi3(MultiView):
         top_k: int = 32,
         chunk: int = 128,
         sight: Sight | None = None,
-    ) -> Reconstruction:
-        """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, up to one scale per sequence.
+    ) -> Heads:
+        """Images (B, N, 3, H, W) in [0, 1], on any device -> geometry at H x W, up to one scale per sequence.
 
         attention: strategy across views, by default the one that the model was trained with; top_k: see there. chunk:
         views that encoder, heads and all else but that attention take at a time. sight: None = all views see all. ValueError
@@ -315,7 +321,7 @@ class Pi3(MultiView):
         grid = patch_grid(*working)
         x, attention = self.encode(images, chunk), attention or self.attention
         decoded = self.decode(x, views, grid, attention, top_k, chunk, sight=sight)
-        return self.assemble(decoded, views, grid, size, chunk)
+        return self.heads(decoded, views, grid, size, chunk)
 
 
 class Speed3RPi3(Pi3):
@@ -470,7 +476,7 @@ class Pi3X(Pi3):
         set_precision(self, dtype, keep)
         return self
 
-    def forward(
+    def trunk(
         self,
         images: Tensor,
         depth: Tensor | None = None,
@@ -485,18 +491,22 @@ class Pi3X(Pi3):
         top_k: int = 32,
         chunk: int = 32,
         sight: Sight | None = None,
-    ) -> Reconstruction:
-        """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, approximately in metres.
+    ) -> Heads:
+        """Images (B, N, 3, H, W) in [0, 1], on any device -> geometry at H x W, approximately in metres.
 
         depth: (B, N, H, W) along the optical axis, <= 0 or not finite where unknown; K: (B, N, 3, 3) in pixels, whose centres
         are at half integers here; rays: (B, N, 2, H, W), x/z and y/z of each pixel, instead of K; T_world_cam: (B, N, 4, 4)
         camera-to-world in the units of depth. has_*: (B, N) bool, which views have them, by default all; as in the official
         code, all known depths count in a sequence's unit, also those of views that are said to have none. The rest as in
-        `Pi3.forward`. With `sight`, the first view alone says how long a metre is.
+        `Pi3.trunk`. With `sight`, the first view alone says how long a metre is.
         """
         (b, views), size = images.shape[:2], images.shape[3:]
         grid = patch_grid(*size)
         x = self.encode(images.flatten(0, 1), chunk)
+        depth, K, T_world_cam, rays, has_depth, has_K, has_pose = (
+            None if value is None else value.to(x.device)
+            for value in (depth, K, T_world_cam, rays, has_depth, has_K, has_pose)
+        )
 
         def given(value: Tensor | None, has: Tensor | None) -> Tensor:
             every = torch.full((b, views), value is not None, device=x.device)
@@ -515,10 +525,15 @@ class Pi3X(Pi3):
             has_K = given(K, has_K)
             K = K.where(has_K[..., None, None], torch.eye(3, dtype=K.dtype, device=K.device))  # no NaN of absent ones
             v, u = torch.meshgrid(*(torch.arange(n, device=x.device) + 0.5 for n in size), indexing="ij")
-            fx, fy, cx, cy = (K[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-            rays = torch.stack([(u - cx) / fx, (v - cy) / fy], 2)
-        if rays is not None:
-            x = x + self.ray_embed(rays.flatten(0, 1)) * given(rays, has_K).flatten()[:, None, None]
+
+            def pinhole(K: Tensor) -> Tensor:
+                fx, fy, cx, cy = (K[:, i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+                return self.ray_embed(torch.stack([(u - cx) / fx, (v - cy) / fy], 1))
+
+            x = x + by_frames(pinhole, chunk, K.flatten(0, 1)) * has_K.flatten()[:, None, None]
+        elif rays is not None:
+            embedded = by_frames(self.ray_embed, chunk, rays.flatten(0, 1))
+            x = x + embedded * given(rays, has_K).flatten()[:, None, None]
 
         attention = attention or self.attention
         has_pose = has_pose & (has_pose.sum(1, keepdim=True) > 1)  # one pose alone says nothing
@@ -538,11 +553,14 @@ class Pi3X(Pi3):
                         x[frames, self.specials :] += block.change(x[frames, self.specials :], poses[posed], grid)
 
         decoded = self.decode(x, views, grid, attention, top_k, chunk, inject, sight)
-        out = self.assemble(decoded, views, grid, size, chunk)
         if sight is None:
-            return self._scaled(out, self._metric(decoded, views, grid, chunk))
-        first = tuple(y.unflatten(0, (b, views))[:, 0] for y in decoded)
-        return self._scaled(out, sight.of_first("metric", self._metric(first, 1, grid, chunk)))
+            metric = self._metric(decoded, views, grid, chunk)
+        else:
+            first = tuple(y.unflatten(0, (b, views))[:, 0] for y in decoded)
+            metric = sight.of_first("metric", self._metric(first, 1, grid, chunk))
+        read = self.heads(decoded, views, grid, size, chunk).read
+        tokens = (*decoded, per_view(metric, views))
+        return Heads(tokens, lambda *x: (*read(*x[:2]), x[2]), self.scaled, views, chunk)
 
     def state(self, slots: int) -> dict[str, tuple[int, ...]]:
         """See `MultiView.state`."""
@@ -579,12 +597,14 @@ class Pi3X(Pi3):
         query = self.metric_token.expand(len(context), -1, -1)
         return self.metric_head(self.metric_decoder(query, context, at))[:, 0, 0].exp()
 
-    @staticmethod
-    def _scaled(out: Reconstruction, metric: Tensor) -> Reconstruction:
+    @classmethod
+    def scaled(cls, points: Tensor, conf: Tensor, camera: Tensor, metric: Tensor) -> Reconstruction:
+        """As `Pi3.assemble`, then in metres, of which metric (...) are a unit of each view."""
+        out = cls.assemble(points, conf, camera)
         rays = F.normalize(
             torch.cat([out.points[..., :2] / out.points[..., 2:], torch.ones_like(out.points[..., 2:])], -1), dim=-1
         )
-        points = out.points * metric[:, None, None, None, None]
-        pose = rigid(out.T_world_cam[..., :3, :3], out.T_world_cam[..., :3, 3] * metric[:, None, None])
-        raw = dict(out.raw, camera_poses=pose, local_points=points, rays=rays, metric=metric)
+        points = out.points * metric[..., None, None, None]
+        pose = rigid(out.T_world_cam[..., :3, :3], out.T_world_cam[..., :3, 3] * metric[..., None])
+        raw = dict(out.raw, camera_poses=pose, local_points=points, rays=rays, metric=metric[..., 0])
         return Reconstruction(points[..., 2], points, out.confidence, pose, metric=True, raw=raw)

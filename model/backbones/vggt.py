@@ -6,7 +6,7 @@ Official sources: facebookresearch/vggt (Wang et al., CVPR 2025) and wzzheng/Str
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from speed3r_ros.model.backbones.blocks import (
     patch_grid,
     set_precision,
 )
-from speed3r_ros.model.backbones.dpt import DPT
+from speed3r_ros.model.backbones.dpt import DPT, planes
+from speed3r_ros.model.backbones.heads import Heads
 from speed3r_ros.model.backbones.results import (
     Reconstruction,
     intrinsics_from_fov,
@@ -79,8 +80,9 @@ class Aggregator(nn.Module):
         return 1 + self.config.registers
 
     def encode(self, images: Tensor, chunk: int) -> Tensor:
-        """Images (F, 3, H, W) in [0, 1] -> patch tokens (F, h * w, C), row-major."""
-        return by_frames(lambda x: self.patch_embed(normalised(x)), chunk, images)
+        """Images (F, 3, H, W) in [0, 1], on any device -> patch tokens (F, h * w, C), row-major."""
+        device = self.camera_token.device
+        return by_frames(lambda x: self.patch_embed(normalised(x.to(device))), chunk, images)
 
     def special_tokens(self, batch: int, is_first: Tensor) -> Tensor:
         """(F, S, C) for views of which the first one of a sequence, is_first: (N,) bool, has its own."""
@@ -230,58 +232,64 @@ class Vggt(MultiView):
         set_precision(self, dtype, ("camera_head", "point_head", "depth_head", "track_head"))
         return self
 
-    def forward(
+    def forward(self, images: Tensor, queries: Tensor | None = None, **options: object) -> Reconstruction:
+        """The geometry of all views at once. Images and options: see `trunk`.
+
+        queries: pixels of the first view (B, Q, 2), x then y, to follow through the others; `raw` then has track (B, N, Q,
+        2), track_vis and track_conf (B, N, Q).
+        """
+        heads = self.trunk(images, **options)
+        out = heads.whole()
+        if queries is None:
+            return out
+        taps, grid = list(heads.tokens[:-1]), patch_grid(*images.shape[3:])
+        tracks = self.track_head(taps, self.aggregator.specials, heads.views, grid, queries, chunk=heads.chunk)
+        more = dict(track=tracks.positions, track_vis=tracks.visibility, track_conf=tracks.confidence)
+        return replace(out, raw=out.raw | more)
+
+    def trunk(
         self,
         images: Tensor,
-        queries: Tensor | None = None,
         *,
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
         point_head: bool = True,
         sight: Sight | None = None,
-    ) -> Reconstruction:
-        """Images (B, N, 3, H, W) in [0, 1] -> geometry in units of the mean distance of points to the first camera.
+    ) -> Heads:
+        """Images (B, N, 3, H, W) in [0, 1], on any device -> geometry.
 
-        queries: pixels of the first view (B, Q, 2), x then y, to follow through the others; `raw` then has track (B, N, Q,
-        2), track_vis and track_conf (B, N, Q). Points are the depth unprojected, which its authors found better than the
-        point head's; that one is only in `raw` (in the world's frame), and left out if `point_head` is False. K has its
-        principal point at (W / 2, H / 2) with pixel centres at integers, as in the official code. attention: see
+        Its unit is the mean distance of points to the first camera. Points are the depth unprojected, which its authors found
+        better than the point head's; that one is only in `raw` (in the world's frame), and left out if `point_head` is False.
+        K has its principal point at (W / 2, H / 2) with pixel centres at integers, as in the official code. attention: see
         `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
         selected blocks alone count. chunk: views that all but that attention take at a time. sight: None = all views see all,
         or those before them if the model is causal.
         """
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
         grid = patch_grid(*size)
+        x = self.aggregator.encode(images.flatten(0, 1), chunk)
         if sight is None and self.causal:
-            sight = Sight.causal(views, images.device)
-        taps = self.aggregator(
-            self.aggregator.encode(images.flatten(0, 1), chunk),
-            views,
-            grid,
-            self.config.taps,
-            attention,
-            top_k,
-            chunk,
-            sight,
-        )
+            sight = Sight.causal(views, x.device)
+        taps = self.aggregator(x, views, grid, self.config.taps, attention, top_k, chunk, sight)
         encoding = self.camera_head(taps[-1][:, 0].unflatten(0, (b, views)), sight)[-1]
-        T_world_cam, K = cameras(encoding, size)
 
-        def dense(head: DPT) -> Tensor:
-            def read(*tokens: Tensor) -> Tensor:
-                return head(tuple(x[:, self.aggregator.specials :] for x in tokens), grid)
+        def read(*tokens: Tensor) -> tuple[Tensor, ...]:
+            *taps, encoding = tokens
+            patches = tuple(x[:, self.aggregator.specials :] for x in taps)
+            points = [self.point_head(patches, grid)] if point_head else []
+            return encoding, *planes(self.depth_head(patches, grid)), *points
 
-            return by_frames(read, chunk, *taps).unflatten(0, (b, views))
+        def assemble(
+            encoding: Tensor, log_depth: Tensor, logit: Tensor, points: Tensor | None = None
+        ) -> Reconstruction:
+            T_world_cam, K = cameras(encoding, size)
+            depth = log_depth.exp()
+            raw = dict(pose_enc=encoding, depth=depth[..., None], depth_conf=1 + logit.exp())
+            if points is not None:
+                world, conf = points.movedim(-3, -1).split([3, 1], -1)
+                raw["world_points"] = world.sign() * world.abs().expm1()
+                raw["world_points_conf"] = 1 + conf[..., 0].exp()
+            return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T_world_cam, K, raw=raw)
 
-        log_depth, logit = dense(self.depth_head).unbind(2)
-        depth = log_depth.exp()
-        raw = dict(pose_enc=encoding, depth=depth[..., None], depth_conf=1 + logit.exp())
-        if point_head:
-            out = dense(self.point_head)
-            raw["world_points"] = (out[:, :, :3].sign() * out[:, :, :3].abs().expm1()).permute(0, 1, 3, 4, 2)
-            raw["world_points_conf"] = 1 + out[:, :, 3].exp()
-        if queries is not None:
-            tracks = self.track_head(taps, self.aggregator.specials, views, grid, queries, chunk=chunk)
-            raw |= dict(track=tracks.positions, track_vis=tracks.visibility, track_conf=tracks.confidence)
-        return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T_world_cam, K, raw=raw)
+        return Heads((*taps, encoding.flatten(0, 1)), read, assemble, views, chunk)
