@@ -53,7 +53,11 @@ class EngineConfig:
     weights: str = setting(
         "", "path of the model's weights; empty = those that ship, or the copy that `speed3r weights fetch` made"
     )
-    attention: str = setting("speed3r", "global attention strategy", choices=("speed3r", "dense"))
+    attention: str = setting(
+        "speed3r",
+        "global attention strategy; lite3r needs weights with its linear branch",
+        choices=("speed3r", "dense", "lite3r"),
+    )
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = setting(
         "auto",

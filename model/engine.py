@@ -135,9 +135,13 @@ class Engine:
         self.device, self.dtype = select_device(self.config)
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        self.network = (
-            (network or weights.load(self.config.weights or "compact")).to(self.device).precision(self.dtype).eval()
-        )
+        network = network or weights.load(self.config.weights or "compact")
+        if self.config.attention == "lite3r" and network.global_blocks[0].proj_lin is None:
+            raise ValueError(
+                f"engine.attention = 'lite3r': the weights {self.config.weights or 'compact'!r} have no linear branch; "
+                "give engine.weights of a lite3r training, or use speed3r"
+            )
+        self.network = network.to(self.device).precision(self.dtype).eval()
         self._spare = [self._new_memory(), self._new_memory()]
         self._graphs = self._capture() if self.device.type == "cuda" else {}
         self.reset()

@@ -1,7 +1,8 @@
 """Losses of the compact model: geometry up to one scale per sequence, poses without a gauge.
 
 Targets are a batch of `training.render.SceneDataset`: depth (B, T, H, W), ray (B, H, W, 2), camera-to-world R
-(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence. Shape suffixes as in `model.attention`.
+(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence. Recorded sequences (`training.sequences`) have
+valid (B, T, H, W) bool too: where depth is known; without it, it is known everywhere. Shape suffixes as in `model.attention`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,11 +43,45 @@ def relative_poses(R: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return R_i @ R[:, None], (R_i @ (t[:, None] - t[:, :, None]).unsqueeze(-1)).squeeze(-1)
 
 
-def sequence_scale(z: Tensor, z_true: Tensor) -> Tensor:
-    """Robust scale (B,) that brings predicted depth z (B, T, H, W) to the truth: the median ratio of a subsample."""
+def sequence_scale(z: Tensor, z_true: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Robust scale (B,) that brings predicted depth z (B, T, H, W) to the truth: the median ratio of a subsample.
+
+    NaN for a sequence of whose subsample nothing is valid.
+    """
     stride = max(1, z[0].numel() // 4096) | 1
     a, b = z.flatten(1)[:, ::stride], z_true.flatten(1)[:, ::stride]
-    return (b / a.clamp_min(1e-6)).median(1).values
+    ratio = b / a.clamp_min(1e-6)
+    if valid is None:
+        return ratio.median(1).values
+    return ratio.masked_fill(~valid.flatten(1)[:, ::stride], torch.nan).nanmedian(1).values
+
+
+def path_scale(t: Tensor, t_true: Tensor) -> Tensor:
+    """Scale (B,) that brings relative translations t (B, T, T, 3) to the true ones: least squares of their lengths."""
+    length, true = t.norm(dim=-1).flatten(1), t_true.norm(dim=-1).flatten(1)
+    return (length * true).sum(1) / (length * length).sum(1).clamp_min(1e-12)
+
+
+def share_of_batch(count: Tensor) -> Tensor:
+    """A count of this process -> its mean over all processes, so that the mean of gradients is that of one large batch."""
+    if dist.is_available() and dist.is_initialized():
+        count = count.clone()
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp_min(1)
+
+
+def median_relative(log_error: Tensor, valid: Tensor | None) -> Tensor:
+    """Median relative error of a subsample of depths where they are valid; 0 where none is."""
+    error = (log_error.flatten()[::97].exp() - 1).abs()
+    if valid is None:
+        return error.median()
+    return error.masked_fill(~valid.flatten()[::97], torch.nan).nanmedian().nan_to_num()
+
+
+def mean_where(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of x where it is valid, or of all of it; over the batches of all processes."""
+    return x.mean() if valid is None else (x * valid).sum() / share_of_batch(valid.sum())
 
 
 def soften(error: Tensor) -> Tensor:
@@ -82,13 +118,19 @@ def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> t
     u, v, z_to = (x.unflatten(1, (views, -1)) for x in project(other.flatten(1, 2), batch["K"]))
     inside = (u > -0.5) & (u < width - 0.5) & (v > -0.5) & (v < height - 0.5) & (z_to > 0.01)
     column, row = u.round().clamp(0, width - 1).long(), v.round().clamp(0, height - 1).long()
-    seen = torch.gather(depth_to.flatten(2), 2, row * width + column)
-    visible = (inside & ((seen - z_to).abs() < 0.04 * z_to)).float()
+    at = row * width + column
+    seen = torch.gather(depth_to.flatten(2), 2, at)
+    visible = inside & ((seen - z_to).abs() < 0.04 * z_to)
+    if "valid" in batch:
+        valid = batch["valid"]
+        visible &= valid[..., centre::patch, centre::patch].flatten(2)
+        visible &= torch.gather(valid.roll(-shift, 1).flatten(2), 2, at)
+    visible = visible.float()
     target = (row // patch) * columns + column // patch
     logits = descriptor @ descriptor.roll(-shift, 1).transpose(-1, -2)
     entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(visible)
     right = (logits.argmax(-1) == target).float()
-    count = visible.sum().clamp_min(1)
+    count = share_of_batch(visible.sum())
     return (entropy * visible).sum() / count, ((right * visible).sum() / count).detach()
 
 
@@ -101,22 +143,37 @@ def losses(
     sequences, views = z_true.shape[:2]
     z = out.points[:, :, 2]
     ray = out.points[:, :, :2] / out.points[:, :, 2:]
-    scale = sequence_scale(z.detach(), z_true).clamp(1e-2, 1e2)
+    R, t = relative_poses(out.R, out.t)
+    R_true, t_true = relative_poses(batch["R"], batch["t"])
+    valid = batch.get("valid")
+    scale = sequence_scale(z.detach(), z_true, valid)
+    if valid is not None:
+        scale = torch.where(scale.isnan(), path_scale(t.detach(), t_true), scale)
+    scale = scale.clamp(1e-2, 1e2)
 
     # depth and rays apart: a joint |s P - P*| with a detached s lets the global scale run away
     log_error = (z * scale.view(-1, 1, 1, 1)).log() - z_true.log()
-    error = log_error.abs() + (ray - ray_true).abs().sum(2)
-    points = soften(error).mean()
+    ray_error = (ray - ray_true).abs().sum(2)
+    error = log_error.abs() + ray_error
+    if valid is None:
+        points = soften(error).mean()
+    else:  # intrinsics are known where depth is not
+        points = mean_where(soften(error), valid) + mean_where(soften(ray_error), ~valid)
     gradient = z.new_zeros(())
     for step in (1, 4):
         d = log_error[..., ::step, ::step]
-        gradient = gradient + (d[..., 1:] - d[..., :-1]).abs().clamp(max=0.5).mean()
-        gradient = gradient + (d[..., 1:, :] - d[..., :-1, :]).abs().clamp(max=0.5).mean()
-    confidence = F.binary_cross_entropy_with_logits(out.confidence, (error.detach() < CONFIDENT).float())
+        known = None if valid is None else valid[..., ::step, ::step]
+        for axis in (-1, -2):
+            both = (
+                None
+                if known is None
+                else known.narrow(axis, 1, d.shape[axis] - 1) & known.narrow(axis, 0, d.shape[axis] - 1)
+            )
+            gradient = gradient + mean_where(d.diff(dim=axis).abs().clamp(max=0.5), both)
+    right = (error.detach() < CONFIDENT).float()
+    confidence = mean_where(F.binary_cross_entropy_with_logits(out.confidence, right, reduction="none"), valid)
     unit = z[:, 0].mean((1, 2)).log().abs().mean()  # the first frame fixes the scale: mean depth 1
 
-    R, t = relative_poses(out.R, out.t)
-    R_true, t_true = relative_poses(batch["R"], batch["t"])
     off = 1 - torch.eye(views, device=z.device)
     pairs = sequences * views * (views - 1)
     angle = ((R - R_true).square().sum((-1, -2)) + 1e-8).sqrt() / math.sqrt(2)  # radians, for small angles
@@ -154,6 +211,6 @@ def losses(
             matched=matched,
             gradient=gradient,
             sigma=sigma,
-            absrel=(log_error.flatten()[::97].exp() - 1).abs().median(),
+            absrel=median_relative(log_error, valid),
         )
     return total, {name: value.detach() for name, value in figures.items()}
