@@ -92,17 +92,17 @@ class Fp8TrainingLinear(nn.Linear):
 
 
 def train_in_fp8(model: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
-    """Let the linear layers inside blocks of these types round to E4M3 as in training for FP8; returns how many.
+    """Let the wide linear layers of blocks of these types, to qkv and of the MLP, round to E4M3; returns how many there are.
 
-    Left exact: gates and the linear branch's projections, which are small and not in 8 bits when deployed.
+    They are the ones that a backbone's `precision("fp8")` deploys so.
     """
     count = 0
     for block in [module for module in model.modules() if isinstance(module, blocks)]:
-        for parent in list(block.modules()):
-            for name, layer in list(parent.named_children()):
-                if type(layer) is nn.Linear and not name.startswith(("gate", "proj_lin")):
-                    setattr(parent, name, Fp8TrainingLinear(layer))
-                    count += 1
+        for path, layer in list(block.named_modules()):
+            parent, _, name = path.rpartition(".")
+            if type(layer) is nn.Linear and not path.removeprefix("attn.").startswith(("gate", "proj")):
+                setattr(block.get_submodule(parent), name, Fp8TrainingLinear(layer))
+                count += 1
     return count
 
 
