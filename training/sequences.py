@@ -77,7 +77,7 @@ class Recording:
         R = self.poses[:, :3, :3]
         off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2)) + np.abs(np.linalg.det(R) - 1)
         if not off.max() < 1e-2:  # also when it is not a number
-            worst = self.images[int(np.nanargmax(off))]
+            worst = self.images[int(off.argmax())]  # or the first that is not a number
             raise ValueError(
                 f"{self.name}: the pose of {worst.name} is not a rotation and a translation; drop the frame"
             )
