@@ -78,7 +78,7 @@ def test_geometry_is_what_was_written(layout, tmp_path, rng):
     assert (batch["valid"][0].numpy() == valid)[sure].all()
     scale = float(expected[valid].mean())
     both = sure & valid
-    assert sure.mean() > 0.8 and np.allclose(batch["depth"][0].numpy()[both] * scale, expected[both], rtol=5e-3)
+    assert sure.mean() > 0.6 and np.allclose(batch["depth"][0].numpy()[both] * scale, expected[both], rtol=5e-3)
     assert (batch["depth"][~batch["valid"]] == 1).all()
 
     relative = np.linalg.inv(poses[index[0]]) @ poses[index]

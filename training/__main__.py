@@ -28,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe.add_argument("--out", type=Path, help="folder for checkpoint, weights and log")
         recipe.add_argument("--config", metavar="FILE.yaml", help="settings, as --list prints them")
         recipe.add_argument(
-            "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings that go before the file's"
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="NAME=VALUE",
+            help="settings that go before the file's",
         )
         recipe.add_argument(
             "--resume", action="store_true", help="go on from the checkpoint in --out, with its settings"

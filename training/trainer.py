@@ -234,6 +234,8 @@ class Trainer:
         self.say(f"{self.step} steps, {self.trained:.0f} s of training, {'done' if self.progress >= 1 else 'stopped'}")
         if self.progress >= 1:
             self.evaluate()
+        if self.world > 1:
+            dist.barrier()  # for the first one's evaluation
         if self.events:
             self.events.close()
 
