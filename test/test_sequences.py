@@ -179,6 +179,7 @@ def test_what_is_wrong_is_said_on_entry(tmp_path, rng):
     for change, says in (
         (dict(depth_scale_m=5000), "depth_scale_m = 5000.0"),
         (dict(depth_max_m=0), "depth_max_m = 0.0"),
+        (dict(depth_scale_m="mm"), "depth_scale_m and depth_max_m must be numbers"),
         (dict(width=640), "is for 640 x 96 pixels"),
         (dict(fx=-1), "focal lengths must be positive"),
     ):
@@ -194,6 +195,7 @@ def test_what_is_wrong_is_said_on_entry(tmp_path, rng):
     refused(ours, "002.png: missing")
     (ours / "depth.txt").write_text("1.0\n")
     refused(ours, "depth.txt: expected `timestamp file`")
+    (ours / "depth.txt").unlink()
     (ours / "poses.txt").write_text("1.0 0 0 0 0 0 0 1\n")
     refused(ours, "0 images with a pose")
     (ours / "poses.txt").unlink()

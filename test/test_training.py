@@ -18,11 +18,12 @@ from torch import nn
 from speed3r_ros.kernels.fp8 import fp8_linear, quantise_rows
 from speed3r_ros.model import weights
 from speed3r_ros.model.backbones import blocks
-from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
+from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Speed3RPi3
+from speed3r_ros.model.backbones.registry import load_into
 from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.network import Block, Network, NetworkConfig
 from speed3r_ros.model.quantised import train_in_fp8
-from speed3r_ros.training import checkpoint
+from speed3r_ros.training import checkpoint, recipes
 from speed3r_ros.training.__main__ import main
 from speed3r_ros.training.config import CONFIGS, with_values
 from speed3r_ros.training.distil import Geometry, distillation_loss, geometry, speed3r_student
@@ -81,12 +82,11 @@ def test_compact_lowers_its_loss_in_both_stages(tmp_path):
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["lr_sparse"] == 2e-3
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-def test_a_stopped_run_goes_on_bit_for_bit(stop, tmp_path):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     settings = config("compact", steps=4, dense_share=0.5, sizes="56x56 56x112", longest=6, ema=0.9)
     settings = replace(settings, seed=int(torch.randint(2**31, ())))
     Trainer("compact", settings, tmp_path / "whole").run()
-    Trainer("compact", settings, tmp_path / "parts").run(until=stop)
+    Trainer("compact", settings, tmp_path / "parts").run(until=3)
     Trainer("compact", settings, tmp_path / "parts", resume=True).run()
     a, b = (checkpoint.read(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
     assert a[0].keys() == b[0].keys() and len(a[0]) > 100
@@ -207,6 +207,25 @@ def test_training_in_fp8_is_what_fp8_computes(kind):
     assert layer.weight is layers[name].weight
     layer(x).sum().backward()
     assert layer.weight.grad.abs().sum() > 0 and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("recipe, values", [("distil", dict(student="backbone")), ("distil", {}), ("lite3r", {})])
+def test_backbones_take_part(recipe, values, tmp_path, monkeypatch):
+    """Pi3 as teacher of its own sparse form and of the compact network, and with a linear branch."""
+    monkeypatch.setattr(recipes, "load_model", lambda name: Pi3(Pi3Config(**PI3)).eval() if name == "pi3" else None)
+    values = values | {"init" if recipe == "lite3r" else "teacher": "pi3"}
+    trainer = Trainer(recipe, config(recipe, steps=2, longest=2, frames=2, **values), tmp_path / "run")
+    before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
+    trainer.run()
+    changed = {name for name, p in trainer.network.named_parameters() if not torch.equal(p, before[name])}
+    if recipe == "lite3r":
+        assert changed == {f"decoder.{i}.attn.proj_lin.weight" for i in (1, 3, 5)}
+    elif values.get("student"):
+        assert any(".gate." in name for name in changed) and not any(name.startswith("encoder.") for name in changed)
+    else:
+        assert type(trainer.network) is Network and changed
+    if values.get("student"):
+        load_into(Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})), tmp_path / "run/weights/model.safetensors", "")
 
 
 def test_finetune_lowers_its_loss_on_recorded_sequences(tmp_path):

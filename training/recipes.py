@@ -78,7 +78,7 @@ def lengths(config: TrainingConfig, stage_progress: float) -> tuple[list[int], l
     """Lengths of sequences that are drawn now, and their odds."""
     longest = float(config.longest)
     if stage_progress < config.lengthening:
-        longest = FIRST_LONGEST + (longest - FIRST_LONGEST) * stage_progress / config.lengthening
+        longest = min(longest, FIRST_LONGEST + (longest - FIRST_LONGEST) * stage_progress / config.lengthening)
     count = max(1, sum(views <= longest for views in VIEWS))
     return list(VIEWS[:count]), list(VIEW_ODDS[:count])
 

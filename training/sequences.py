@@ -144,6 +144,10 @@ def from_listing(path: Path) -> Recording:
     mine, theirs = associate(stamps, source.truth.stamps_ns, TOLERANCE_NS)
     images = [source.items[i][1] for i in mine]
     settings = json.loads((path / "intrinsics.json").read_text()) if source.camera else {}
+    try:
+        unit, farthest = float(settings.get("depth_scale_m", 1 / 5000)), float(settings.get("depth_max_m", FARTHEST))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}/intrinsics.json: depth_scale_m and depth_max_m must be numbers ({error})") from error
     if source.camera:
         K, D = source.camera.K, tuple(source.camera.D.tolist())
         size = source.camera.height, source.camera.width
@@ -169,8 +173,8 @@ def from_listing(path: Path) -> Recording:
         source.truth.poses[theirs],
         np.broadcast_to(K, (len(mine), 3, 3)),
         D=D,
-        depth_scale=float(settings.get("depth_scale_m", 1 / 5000)),
-        farthest=float(settings.get("depth_max_m", FARTHEST)),
+        depth_scale=unit,
+        farthest=farthest,
     )
 
 

@@ -321,7 +321,7 @@ class Trainer:
                     p.copy_(average[name].half().float())
         if isinstance(network, Network):
             network.resize(*self.sizes[-1])
-        return network.eval().requires_grad_(False)
+        return network.to(self.device).eval().requires_grad_(False)
 
     @torch.compiler.set_stance("force_eager")
     def evaluate(self) -> None:
