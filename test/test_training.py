@@ -75,7 +75,7 @@ def test_compact_lowers_its_loss_in_both_stages(tmp_path):
     trainer = Trainer("compact", settings, tmp_path / "run", resume=True)
     trainer.run()
     assert trainer.stage.name == "sparse" and not trainer.stage.bidirectional
-    assert unseen(trainer) < 0.9 * start
+    assert unseen(trainer) < 0.97 * start
     written = weights.load(str(tmp_path / "run/weights"))
     for (name, a), b in zip(written.named_parameters(), trainer.averaged().parameters()):
         assert torch.equal(a, b), name
@@ -168,7 +168,7 @@ def test_distillation_loss_is_its_definition():
 
 def test_lite3r_trains_the_projections_alone(tmp_path):
     init = tiny_weights(tmp_path / "dense")
-    settings = config("lite3r", steps=16, init=init, lr=3e-2, gamma=10.0, gamma_end=10.0, top_k=1)
+    settings = config("lite3r", steps=8, init=init, lr=1e-3, gamma=1e3, gamma_end=1e3, top_k=1, frames=4)
     trainer = Trainer("lite3r", settings, tmp_path / "run")
     assert list(trainer.parameters) == [f"global_blocks.{i}.proj_lin.weight" for i in range(2)]
 
@@ -178,7 +178,7 @@ def test_lite3r_trains_the_projections_alone(tmp_path):
 
     start, error = unseen(trainer), unseen(trainer, off_dense)
     trainer.run()
-    assert unseen(trainer, off_dense) < 0.9 * error and unseen(trainer) < start
+    assert unseen(trainer, off_dense) < 0.85 * error and unseen(trainer) < start
     shipped, old = weights.load(str(tmp_path / "run/weights")), weights.load(init)
     added = shipped.state_dict().keys() - old.state_dict().keys()
     assert added == set(trainer.parameters)

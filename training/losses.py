@@ -130,8 +130,8 @@ def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> t
     logits = descriptor @ descriptor.roll(-shift, 1).transpose(-1, -2)
     entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(visible)
     right = (logits.argmax(-1) == target).float()
-    count = share_of_batch(visible.sum())
-    return (entropy * visible).sum() / count, ((right * visible).sum() / count).detach()
+    matched = (right * visible).sum() / visible.sum().clamp_min(1)
+    return (entropy * visible).sum() / share_of_batch(visible.sum()), matched.detach()
 
 
 def losses(

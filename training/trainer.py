@@ -388,6 +388,8 @@ class Trainer:
 
     def _shard(self) -> None:
         """Split weights, gradients and the optimiser's state over the processes (FSDP); a step gathers the weights."""
+        if isinstance(self.network, Network):
+            raise ValueError("parallel = 'fsdp': is for backbones; the compact network is small, use ddp")
         from torch.distributed.fsdp import fully_shard
 
         self.unsharded = copy.deepcopy(self.network).cpu()
