@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import cos, pi
 
 import torch
@@ -83,15 +84,22 @@ def lengths(config: TrainingConfig, stage_progress: float) -> tuple[list[int], l
     return list(VIEWS[:count]), list(VIEW_ODDS[:count])
 
 
-def draw_masks(draw: random.Random, views: int, sequences: int, bidirectional: bool) -> tuple[Tensor, Tensor]:
-    """fine and coarse (B, T, T) bool on the CPU, of random patterns of keyframes."""
-    pairs = []
-    for _ in range(sequences):
+@lru_cache(4096)
+def deployed_visibility(keyframes: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    """fine and coarse (T, T) bool of the deployed memory, which must not be changed."""
+    return visibility(keyframes, WINDOW, ANCHORS, BANK)
+
+
+def draw_sequences(seeds: list[str], views: int, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """fine and coarse (B, T, T) bool of random patterns of keyframes, and known (B,) bool, on the CPU, a sequence per seed."""
+    pairs, known = [], []
+    for seed in seeds:
+        draw = random.Random(seed)
         rate = draw.choice((0.3, 0.6, 1.0))
-        keyframes = [t == 0 or draw.random() < rate for t in range(views)]
-        pairs.append(visibility(keyframes, WINDOW, ANCHORS, BANK))
+        pairs.append(deployed_visibility(tuple(t == 0 or draw.random() < rate for t in range(views))))
+        known.append(draw.random() < KNOWN)
     fine, coarse = (torch.stack(x) | bidirectional for x in zip(*pairs))
-    return fine, coarse
+    return fine, coarse, torch.tensor(known)
 
 
 class RenderedData:

@@ -74,10 +74,11 @@ class Recording:
             raise ValueError(
                 f"{missing[0]}: missing, as {len(missing)} files of {self.name}; copy them, or drop their lines"
             )
-        R = self.poses[:, :3, :3]
+        finite = np.isfinite(self.poses).all((1, 2))
+        R = np.where(finite[:, None, None], self.poses[:, :3, :3], 0)
         off = np.abs(R @ R.swapaxes(1, 2) - np.eye(3)).max((1, 2)) + np.abs(np.linalg.det(R) - 1)
-        if not off.max() < 1e-2:  # also when it is not a number
-            worst = self.images[int(off.argmax())]  # or the first that is not a number
+        if off.max() > 1e-2:
+            worst = self.images[int(off.argmax())]
             raise ValueError(
                 f"{self.name}: the pose of {worst.name} is not a rotation and a translation; drop the frame"
             )

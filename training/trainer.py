@@ -32,7 +32,7 @@ from speed3r_ros.training import checkpoint
 from speed3r_ros.training.config import TrainingConfig, image_sizes, require_runnable
 from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import Batch
-from speed3r_ros.training.recipes import KNOWN, RECIPES, Draw, Stage, draw_masks, lengths
+from speed3r_ros.training.recipes import RECIPES, Draw, Stage, draw_sequences, lengths
 
 LOG_EVERY = 20.0  # seconds
 CLOCK_EVERY = 10  # steps after which processes agree on the time and on a wish to stop
@@ -164,13 +164,13 @@ class Trainer:
         _, done = self.stage_progress()
         views = draw.choices(*lengths(self.config, done))[0]
         size = self.sizes[min(len(self.sizes) - 1, int(done * len(self.sizes)))]
-        first = math.prod(self.sizes[0])
-        sequences = max(1, self.config.frames * first // math.prod(size) // views)
+        frames = self.config.frames * math.prod(self.sizes[0]) // math.prod(size)
+        sequences = max(1, frames // views)
         shift = draw.randrange(1, views)
-        fine, coarse = draw_masks(draw, views, sequences * self.world, self.stage.bidirectional)
-        known = torch.tensor([draw.random() < KNOWN for _ in range(sequences * self.world)])
-        mine = slice(self.rank * sequences, (self.rank + 1) * sequences)
-        masks = (x[mine].to(self.device, non_blocking=True) for x in (fine, coarse, known))
+        first = self.rank * sequences
+        seeds = [f"{self.config.seed} {self.step} {i}" for i in range(first, first + sequences)]
+        parts = draw_sequences(seeds, views, self.stage.bidirectional)
+        masks = (x.to(self.device, non_blocking=True) for x in parts)
         return Draw(self.stage, self.progress, views, size, shift, *masks)
 
     # ---------------------------------------------------------------------------------------------------------- loop
