@@ -13,12 +13,14 @@ from speed3r_ros.model.attention import SOME_LAYER, Layer, Strategy, Tokens
 from speed3r_ros.model.backbones.blocks import DinoV2
 from speed3r_ros.model.backbones.pi3 import Pi3, Speed3RPi3
 from speed3r_ros.model.backbones.results import Reconstruction
+from speed3r_ros.model.backbones.vggt import Vggt
 from speed3r_ros.model.network import Network, Prediction
 from speed3r_ros.training.losses import mean_where, relative_poses, sequence_scale
 
 HUBER = 0.1  # of relative translations, in units of mean depth
 LARGEST = 10.0  # a term above is left out: the teacher failed on a sequence (released code)
 ENCODER = ("stem1", "stem2", "patch_embed", "position", "ray_embed", "patch_norm", "encoder", "describe")
+PI3_HEADS, VGGT_HEADS = ("conf_decoder", "conf_head"), ("point_head", "track_head")
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,14 @@ def attention_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     return torch.stack([F.mse_loss(a.float(), b.detach().float()) for a, b in zip(student, teacher)]).mean()
 
 
-def freeze_encoder(model: nn.Module) -> None:
-    """Freeze what comes before the attention across views: image encoder, and the descriptors that are read from it."""
-    for name, part in model.named_children():
-        if isinstance(model, Network) and name in ENCODER:
-            part.requires_grad_(False)
+def freeze_untrained(model: nn.Module) -> None:
+    """Freeze what comes before the attention across views, and heads of backbones that the loss does not read."""
     if isinstance(model, Network):
         model.match_scale.requires_grad_(False)
+    frozen = ENCODER if isinstance(model, Network) else VGGT_HEADS if isinstance(model, Vggt) else PI3_HEADS
+    for name, part in model.named_children():
+        if name in frozen:
+            part.requires_grad_(False)
     for part in model.modules():
         if isinstance(part, DinoV2):
             part.requires_grad_(False)

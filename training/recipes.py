@@ -28,7 +28,7 @@ from speed3r_ros.training.distil import (
     Recorded,
     attention_loss,
     distillation_loss,
-    freeze_encoder,
+    freeze_untrained,
     geometry,
     speed3r_student,
 )
@@ -225,7 +225,7 @@ class Distil(Recipe):
             student = super().make_network()
         else:
             student = weights.load(c.teacher)
-        freeze_encoder(student.requires_grad_(True))
+        freeze_untrained(student.requires_grad_(True))
         return student
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
