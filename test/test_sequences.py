@@ -146,7 +146,9 @@ def test_unknown_depth_has_no_say(rng):
     for name in plain:
         torch.testing.assert_close(full[name], plain[name], rtol=1e-4, atol=1e-6, msg=name)
     valid = torch.rand(2, 3, *SIZE) > 0.4
-    a, b = (losses(out, batch | dict(valid=valid, depth=batch["depth"].where(valid, x)), 1)[1] for x in (torch.tensor(1.0), torch.rand(2, 3, *SIZE) + 1))  # fmt: skip
+    fillings = torch.tensor(1.0), torch.rand(2, 3, *SIZE) + 1
+    others = (batch | dict(valid=valid, depth=batch["depth"].where(valid, filling)) for filling in fillings)
+    a, b = (losses(out, other, 1)[1] for other in others)
     assert all(torch.allclose(a[name], b[name], rtol=1e-5) for name in a)
     z, z_true = torch.rand(2, 3, *SIZE) + 1, torch.rand(2, 3, *SIZE) + 1
     stride = z[0].numel() // 4096 | 1

@@ -386,6 +386,8 @@ def test_a_folder_is_not_overwritten(tmp_path):
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys; from speed3r_ros.training.__main__ import main; main(['compact', '--list']); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    code = "from speed3r_ros.training.__main__ import main; main(['compact', '--list'])"
+    code += "; import sys; assert 'torch' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-1000:]

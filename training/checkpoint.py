@@ -1,7 +1,7 @@
 """Checkpoints of a run: trained parameters, their average and the optimiser's state, as small safetensors shards.
 
-The optimiser's state may be stored in fewer bits, so that it can be moved. Sizes per trained parameter, in bytes: parameter 4,
-average 4, and both moments of AdamW 8 (fp32), 4 (bf16) or 2 (fp8).
+The optimiser's state may be stored in fewer bits, so that it can be moved. Sizes per trained parameter, in bytes:
+parameter 4, average 4, and both moments of AdamW 8 (fp32), 4 (bf16) or 2 (fp8).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ROW = 256  # values of a moment that share a scale in fp8
 def encode(name: str, value: Tensor, kind: str) -> dict[str, Tensor]:
     """A moment of AdamW as flat tensors of type `kind`: fp32, bf16, or fp8 (E4M3 with a scale per 256 values).
 
-    Second moments, whose names begin with `square.`, are rounded as roots, which span half as many powers; in fp8 no positive
-    one becomes 0, because steps are divided by it.
+    Second moments, whose names begin with `square.`, are rounded as roots, which span half as many powers; in fp8 no
+    positive one becomes 0, because steps are divided by it.
     """
     flat = value.detach().flatten()
     if kind == "fp32":
@@ -46,7 +46,7 @@ def encode(name: str, value: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 def decode(name: str, state: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """The inverse of `encode`, in the shape, type and place of `like`. ValueError if it has another number of values."""
+    """The inverse of `encode`, in the shape, type and place of `like`. ValueError where the size differs."""
     if name not in state or state[name].numel() != like.numel():
         found = state[name].numel() if name in state else "missing"
         raise ValueError(
@@ -81,7 +81,7 @@ def write(
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flat tensors by name, moments as stored, and the note. ValueError with one line if it is missing, torn or foreign."""
+    """Flat tensors by name, moments as stored, and the note. ValueError if it is missing, torn or foreign."""
     parts, metadata, last = weights.read_shards(folder)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{last}: not a {FORMAT!r} checkpoint (its format is {metadata.get('format')!r})")

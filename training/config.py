@@ -1,4 +1,4 @@
-"""Settings of the training recipes, as frozen dataclasses. No torch: the command line reads them before it is needed."""
+"""Settings of the training recipes, as frozen dataclasses. No torch: the command line reads them first."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ PI3_HEADS, VGGT_HEADS = ("conf_decoder", "conf_head"), ("point_head", "track_hea
 class Geometry:
     """What teacher and student have in common, for B sequences of T views.
 
-    points: (B, T, 3, H, W) in each camera's frame, up to one scale per sequence. R: (B, T, 3, 3), t: (B, T, 3) camera-to-world.
-    confidence: (B, T, H, W) logit, log_sigma: (B, T, 2), of the compact network only, else None.
+    points: (B, T, 3, H, W) in each camera's frame, up to one scale per sequence. R: (B, T, 3, 3), t: (B, T, 3)
+    camera-to-world. confidence: (B, T, H, W) logit, log_sigma: (B, T, 2), of the compact network only, else None.
     """
 
     points: Tensor
@@ -58,10 +58,10 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Speed3R's loss of a student against its teacher, whose answer is brought to mean depth 1; and figures to log.
 
-    L1 of points over the teacher's depth, after one robust scale per sequence; 1 - cosine of normals; 0.1 times (100 Huber of
-    relative translations + angle of relative rotations) over all ordered pairs of views. valid: (B, T, H, W) bool, pixels that
-    count. Ours: where both have them, confidence and log_sigma follow the teacher's (weight 0.05 and 0.02), because they are
-    read from features that change.
+    L1 of points over the teacher's depth, after one robust scale per sequence; 1 - cosine of normals; 0.1 times (100
+    Huber of relative translations + angle of relative rotations) over all ordered pairs of views. valid: (B, T, H, W)
+    bool, pixels that count. Ours: where both have them, confidence and log_sigma follow the teacher's (weight 0.05 and
+    0.02), because they are read from features that change.
     """
     z_true = teacher.points[:, :, 2]
     unit = z_true.mean((1, 2, 3)).view(-1, 1, 1, 1, 1)
@@ -144,8 +144,8 @@ def freeze_untrained(model: nn.Module) -> None:
 def speed3r_student(teacher: nn.Module) -> nn.Module:
     """A student with the teacher's weights: Pi3 becomes Speed3R-Pi3, others are copied.
 
-    Pi3's even decoder blocks are those inside frames, its odd ones those across views; gates are new, and there are no register
-    tokens (released code).
+    Pi3's even decoder blocks are those inside frames, its odd ones those across views; gates are new, and there are no
+    register tokens (released code).
     """
     if type(teacher) is not Pi3:
         return copy.deepcopy(teacher)

@@ -61,8 +61,8 @@ class Stage:
 class Draw:
     """What a step does, on all processes alike; the masks are this process's part.
 
-    progress: of the whole schedule, in [0, 1]. size: (H, W). shift: frames between the two views that descriptors match.
-    fine, coarse: (B, T, T) bool, see `Network.forward`. known: (B,) bool, whose intrinsics are given.
+    progress: of the whole schedule, in [0, 1]. size: (H, W). shift: frames between the two views that descriptors
+    match. fine, coarse: (B, T, T) bool, see `Network.forward`. known: (B,) bool, whose intrinsics are given.
     """
 
     stage: Stage
@@ -91,7 +91,7 @@ def deployed_visibility(keyframes: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
 
 
 def draw_sequences(seeds: list[str], views: int, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """fine and coarse (B, T, T) bool of random patterns of keyframes, and known (B,) bool, on the CPU, a sequence per seed."""
+    """A sequence per seed: fine, coarse (B, T, T) bool of random patterns of keyframes, known (B,) bool, on the CPU."""
     pairs, known = [], []
     for seed in seeds:
         draw = random.Random(seed)
@@ -166,8 +166,8 @@ def predict(model: nn.Module, batch: Batch, draw: Draw, attention: str | Strateg
 class Recipe:
     """The compact network with ground truth (the recipes `compact` and `finetune`); others change parts of it.
 
-    network: what is trained, where `requires_grad`. teacher: a frozen one beside it, or None. ValueError where weights or
-    sequences are missing or wrong.
+    network: what is trained, where `requires_grad`. teacher: a frozen one beside it, or None. ValueError where weights
+    or sequences are missing or wrong.
     """
 
     teacher: nn.Module | None = None
@@ -242,7 +242,7 @@ class Distil(Recipe):
 
 
 class Lite3R(Recipe):
-    """The projections of the linear branch learn, with FP8 rounding, what sparse attention leaves of dense attention."""
+    """The projections of the linear branch learn, with FP8 rounding, what sparse attention leaves of dense."""
 
     def make_network(self) -> nn.Module:
         """The student; its exact, dense teacher beside it, with the same weights."""
@@ -261,7 +261,7 @@ class Lite3R(Recipe):
         return [parameter for name, parameter in model.named_parameters() if name.endswith("proj_lin.weight")]
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        """The task's loss (for a backbone: that of distillation from itself) + gamma times that of attention outputs."""
+        """The task's loss (a backbone's: distillation from itself) + gamma times that of attention outputs."""
         c = self.config
         exact, own = Recorded(dense), Recorded(STRATEGIES["lite3r"])
         with torch.no_grad():

@@ -2,14 +2,15 @@
 
 Layouts, told apart by what lies in the folder:
 
-- TUM RGB-D: `rgb.txt`, `groundtruth.txt`, `depth.txt` if there is depth (1/5000 m). Intrinsics by the camera's name in the
-  folder's (freiburg1 to 3), or from `intrinsics.json`.
-- the same with `poses.txt` and `intrinsics.json`: fx, fy, cx, cy, width, height, distortion.coeffs (OpenCV's order), and
-  depth_scale_m (metres per unit of the depth images), depth_max_m.
-- 7-Scenes: `frame-000000.color.png`, `.pose.txt` (4 x 4 camera-to-world) and `.depth.proj.png` (registered to the colour
-  camera) or `.depth.png` (mm, 65535 = none; of the depth camera, taken to look along the colour camera from its place, as
-  the data set gives no extrinsics).
-- ScanNet++, iPhone: `pose_intrinsic_imu.json` (aligned_pose, camera-to-world; intrinsic), `rgb/*.jpg`, `depth/*.png` (mm).
+- TUM RGB-D: `rgb.txt`, `groundtruth.txt`, `depth.txt` if there is depth (1/5000 m). Intrinsics by the camera's name in
+  the folder's (freiburg1 to 3), or from `intrinsics.json`.
+- the same with `poses.txt` and `intrinsics.json`: fx, fy, cx, cy, width, height, distortion.coeffs (OpenCV's order),
+  and depth_scale_m (metres per unit of the depth images), depth_max_m.
+- 7-Scenes: `frame-000000.color.png`, `.pose.txt` (4 x 4 camera-to-world) and `.depth.proj.png` (registered to the
+  colour camera) or `.depth.png` (mm, 65535 = none; of the depth camera, taken to look along the colour camera from its
+  place, as the data set gives no extrinsics).
+- ScanNet++, iPhone: `pose_intrinsic_imu.json` (aligned_pose, camera-to-world; intrinsic), `rgb/*.jpg`, `depth/*.png`
+  (mm).
 
 Lens distortion is removed and images are resized as the engine does, the whole image to the network's size.
 """
@@ -51,9 +52,9 @@ SEVEN_SCENES_COLOUR, SEVEN_SCENES_DEPTH = 525.0, 585.0  # focal lengths in pixel
 class Recording:
     """Posed frames of one camera, as files.
 
-    images, depths (None = no depth): N paths each. poses: (N, 4, 4) float64 camera-to-world, OpenCV axes. K: (N, 3, 3) of the
-    images. K_depth: (3, 3) of the depth images, or None if they have the images' view. D: distortion in OpenCV's order.
-    depth_scale: metres per unit. farthest: m, depth beyond is none.
+    images, depths (None = no depth): N paths each. poses: (N, 4, 4) float64 camera-to-world, OpenCV axes. K: (N, 3, 3)
+    of the images. K_depth: (3, 3) of the depth images, or None if they have the images' view. D: distortion in OpenCV's
+    order. depth_scale: metres per unit. farthest: m, depth beyond is none.
     """
 
     name: str
@@ -202,7 +203,7 @@ def from_seven_scenes(path: Path) -> Recording:
 
 
 def from_scannetpp(path: Path) -> Recording:
-    """The iPhone folder of a ScanNet++ scene; frames whose pose is not finite, or whose image was not extracted, are left out.
+    """The iPhone folder of a ScanNet++ scene, less frames whose pose is not finite or whose image was not extracted.
 
     ValueError.
     """
@@ -230,7 +231,7 @@ def from_scannetpp(path: Path) -> Recording:
 
 
 def open_recording(path: str | Path) -> Recording:
-    """The sequence in a folder, whatever its layout. ValueError with one line that says what is wrong and what to do."""
+    """The sequence in a folder, whatever its layout. ValueError with one line that says what is wrong."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"{path}: not a folder; give folders of recorded sequences")
@@ -257,8 +258,8 @@ def rectified(
 class SequenceDataset:
     """Random windows of recordings: a random start, a random step between views, in either direction of time.
 
-    longest: views of the longest window; ValueError if a recording is shorter. stride: largest step in frames. Every sample
-    depends on its seed alone, so that runs repeat, stop and go on, and split over processes.
+    longest: views of the longest window; ValueError if a recording is shorter. stride: largest step in frames. Every
+    sample depends on its seed alone, so that runs repeat, stop and go on, and split over processes.
     """
 
     def __init__(self, recordings: Iterable[Recording], device: torch.device | str, longest: int, stride: int) -> None:
@@ -320,9 +321,9 @@ class SequenceDataset:
         )
 
     def batch(self, seeds: list[str], views: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        """A window per seed. As `SceneDataset.batch` (without `motion`), and `valid` (B, N, H, W) bool: where depth is known.
+        """A window per seed. As `SceneDataset.batch` (without `motion`), and `valid` (B, N, H, W) bool, known depth.
 
-        Elsewhere depth is 1. The unit is the mean of the known depth; without any, half of it is the mean distance of views.
+        Elsewhere depth is 1. The unit is the mean of the known depth; without any, twice the mean distance of views.
         """
         samples = list(self._threads.map(lambda seed: self.sample(seed, views, size), seeds))
         batch = {name: torch.stack([sample[name] for sample in samples]).to(self.device) for name in samples[0]}

@@ -1,7 +1,7 @@
 """The training loop: one class and one loop for all recipes; on one process, or several under torchrun.
 
-Whatever is random in a step follows from the seed and the step's number, so that a run that was stopped goes on as if it had
-not been (bit for bit on a CPU, with a schedule in steps and the optimiser's state in fp32).
+Whatever is random in a step follows from the seed and the step's number, so that a run that was stopped goes on as if
+it had not been (bit for bit on a CPU, with a schedule in steps and the optimiser's state in fp32).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def put(x: Tensor, value: Tensor) -> None:
 class Trainer:
     """One process of a run. out: folder for `config.yaml`, `log.txt`, `checkpoint/`, `weights/` and `held_out.json`.
 
-    resume: go on from the checkpoint in `out`. ValueError with one line for settings, weights, sequences or checkpoints that
-    cannot work; nothing is written then.
+    resume: go on from the checkpoint in `out`. ValueError with one line for settings, weights, sequences or checkpoints
+    that cannot work; nothing is written then.
     """
 
     def __init__(self, recipe: str, config: TrainingConfig, out: Path, resume: bool = False) -> None:
