@@ -140,13 +140,12 @@ class Trainer:
         self.optimiser = optimiser(self.network, self.config)
         self.model = self.network
         if self.world > 1 and self.config.parallel == "ddp":
-            gates_idle = self.stage.attention != "speed3r" or not isinstance(self.network, Network)
             self.model = nn.parallel.DistributedDataParallel(
                 self.network,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
-                find_unused_parameters=gates_idle,
+                find_unused_parameters=self.stage.attention == "dense",  # the gates
             )
 
     def _next_stage(self, number: int) -> None:
