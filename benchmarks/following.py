@@ -12,25 +12,35 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from accuracy import Sequence
 
 from speed3r_ros.config import Config
-from speed3r_ros.mapping.trajectory import absolute_trajectory_error
+from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error
+from speed3r_ros.model.types import Frame
 from speed3r_ros.pipeline import Pipeline
+from speed3r_ros.sources import Source, open_source
 
 
-def follow(pipeline: Pipeline, sequence: Sequence, seed: int) -> tuple[float, int, int]:
+def frames_of(source: Source, known: bool) -> list[Frame]:
+    """Rectified frames in memory, with intrinsics if `known`."""
+    frames = []
+    for stamp_ns, image, camera in source:
+        image, K = camera.rectify(image) if camera else (image, None)
+        frames.append(Frame(image, stamp_ns, K if known else None))
+    return frames
+
+
+def follow(pipeline: Pipeline, frames: list[Frame], truth: Trajectory, seed: int) -> tuple[float, int, int]:
     """ATE after Sim(3) alignment, in the truth's unit, frames with a pose, and frames for the network."""
     rng = np.random.default_rng(seed)
     due, count = 0, 0
     pipeline.reset()
-    for i, frame in enumerate(sequence.frames):
+    for i, frame in enumerate(frames):
         if i == due:
             pipeline.process(frame)
             due, count = i + int(rng.integers(5, 10)), count + 1
         elif rng.random() >= 0.05:
             pipeline.follow(frame)
-    found = absolute_trajectory_error(pipeline.recorded(), sequence.truth, tolerance_ns=20_000_000)
+    found = absolute_trajectory_error(pipeline.recorded(), truth, tolerance_ns=20_000_000)
     return found.rmse, len(pipeline.recorded()), count
 
 
@@ -46,10 +56,11 @@ def main() -> None:
     )
     for folder in options.folders:
         for known in (True, False):
-            sequence = Sequence(folder, known)
-            errors, poses, counts = zip(*(follow(pipeline, sequence, seed) for seed in range(options.runs)))
+            source = open_source(folder)
+            frames = frames_of(source, known)
+            errors, poses, counts = zip(*(follow(pipeline, frames, source.truth, k) for k in range(options.runs)))
             print(
-                f"| {sequence.name} | {'given' if known else 'unknown'} | {len(sequence.frames)} "
+                f"| {source.name} | {'given' if known else 'unknown'} | {len(frames)} "
                 f"| {min(counts)} to {max(counts)} | {min(poses)} to {max(poses)} "
                 f"| {np.median(errors):.3f} / {max(errors):.3f} |",
                 flush=True,

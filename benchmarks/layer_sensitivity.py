@@ -18,6 +18,7 @@ import torch
 from strategies import sequence
 from torch import Tensor
 
+from speed3r_ros.model.backbones.blocks import patch_grid
 from speed3r_ros.model.backbones.checkpoints import SINGLE_VIEW
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
 from speed3r_ros.model.backbones.registry import BACKBONES, load_backbone
@@ -66,8 +67,15 @@ def main() -> None:
         model, images = Pi3(Pi3Config(128, 2, 1, 5, 8, 5, 1, 64)).eval(), sequence(9, 56, 56, torch.device("cpu"))
         args.stride, args.raised = 2, 8
     elif args.checkpoint and args.images:
-        model = load_backbone(args.backbone, args.checkpoint).precision(torch.bfloat16).cuda()
-        images = read(args.images, *args.size, args.views).cuda()
+        try:
+            patch_grid(*args.size)
+            images = read(args.images, *args.size, args.views)
+            model = load_backbone(args.backbone, args.checkpoint)
+        except (ValueError, OSError) as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        if not torch.cuda.is_available():
+            parser.exit(1, f"{parser.prog}: torch sees no CUDA GPU; to see that it runs, give --tiny\n")
+        model, images = model.precision(torch.bfloat16).cuda(), images.cuda()
     else:
         parser.error("give --checkpoint and --images, or --tiny")
     truth = points(model(images, attention="dense"))

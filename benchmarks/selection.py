@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 
 import torch
-from accuracy import header, table_row
 from torch import Tensor
 
 from speed3r_ros.kernels.coarse import coarse_attention
@@ -20,7 +19,7 @@ from speed3r_ros.kernels.selected import selected_attention
 from speed3r_ros.model.attention import STRATEGIES, Tokens, dense
 from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.engine import Engine
-from speed3r_ros.training.evaluate import evaluate_rendered
+from speed3r_ros.training.evaluate import evaluate_rendered, header, table_row
 
 
 def speed3r(group: int, heads_share: bool) -> object:

@@ -75,7 +75,7 @@ def step_alone(engine: Engine, count: int) -> np.ndarray:
         if graph := engine._graphs.get(id(memory)):
             graph(image, None)
         else:
-            engine.network.step(image, memory, None, engine.config.attention, engine.config.top_k)
+            engine.network.step(image, memory, None, engine.config.strategy, engine.config.top_k)
 
     for i in range(count):
         if engine.device.type == "cuda":

@@ -246,7 +246,6 @@ if triton is not None:
                             tops,
                             mask=inside[:, None, None] & (frame < resident)[None, :, None],
                         )
-                    tops = tl.reshape(tops, (BM, BN // TILE))
                 if VALUES:
                     if part == 0:
                         value = tl.load(v + at[:, None] + d[None, :])
@@ -258,8 +257,7 @@ if triton is not None:
                         else:
                             word = tl.load(words + j // Y_PADDED, mask=live, other=0)
                             s = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, s, float("-inf"))
-                        tops = s
-                    m_new = tl.maximum(m, tl.max(tops, 1) * scale)
+                    m_new = tl.maximum(m, tl.max(s, 1) * scale)
                     origin = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen so far
                     p = tl.exp2(s * scale - origin[:, None])
                     shrink = tl.exp2(m - origin)

@@ -16,6 +16,8 @@ that stands for it. None of this has a gradient: the method is for trained netwo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -301,6 +303,7 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return (take_tokens_triton if on_kernels(x) else take_tokens_reference)(x, index)
 
 
+@functools.lru_cache(maxsize=8)  # to count the kept tokens, the host waits for the device: not again in every layer
 def kept_tokens(
     frames: int,
     length: int,
@@ -314,7 +317,7 @@ def kept_tokens(
     stride: r_KV. Frame 0, which some networks measure everything against, stays whole; so do all special tokens. Of the
     patches stay whole frames, every stride-th, or with `stagger` every stride-th patch of each frame, at another offset
     in each (patch p of frame t if p % stride == t % stride): what the paper leaves open. Returns (1, M) int32, rising,
-    for `take_tokens`. Raises ValueError if the sizes do not fit.
+    for `take_tokens`, shared by all callers: not to be written to. Raises ValueError if the sizes do not fit.
     """
     if frames < 1 or stride < 1 or not 0 <= specials <= length:
         raise ValueError(f"{frames} frames of {length} tokens, {specials} special, stride {stride} do not fit together")

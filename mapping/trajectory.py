@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from speed3r_ros.mapping.files import written_whole
-from speed3r_ros.mapping.geometry import inverse, quaternion_from_matrix, rotation_angle, transform
+from speed3r_ros.mapping.geometry import quaternion_from_matrix, transform
 
 NANO = 1_000_000_000
 
@@ -33,6 +33,13 @@ class Trajectory:
     def clear(self) -> None:
         """Forget all poses."""
         self._items.clear()
+
+    def select(self, indices: np.ndarray) -> Trajectory:
+        """A trajectory of some of the poses, by their indices (M,)."""
+        chosen, items = Trajectory(), list(self._items)
+        for index in indices:
+            chosen.append(*items[index])
+        return chosen
 
     @property
     def stamps_ns(self) -> np.ndarray:
@@ -183,18 +190,3 @@ def absolute_trajectory_error(
         i,
         j,
     )
-
-
-def relative_errors(
-    estimate: Trajectory, truth: Trajectory, delta: int = 1, scale: float = 1.0, tolerance_ns: int = 20_000_000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Errors of the motion over `delta` matched poses: translation (M,) in the truth's unit, rotation (M,) in radians.
-
-    `scale` multiplies the estimate's translations first. M is 0 when too few poses match.
-    """
-    i, j = associate(estimate.stamps_ns, truth.stamps_ns, tolerance_ns)
-    moved = estimate.poses[i]
-    moved[:, :3, 3] *= scale
-    true = truth.poses[j]
-    error = inverse(inverse(true[:-delta]) @ true[delta:]) @ (inverse(moved[:-delta]) @ moved[delta:])
-    return np.linalg.norm(error[:, :3, 3], axis=1), rotation_angle(error[:, :3, :3])

@@ -39,6 +39,8 @@ def check(config: Any, prefix: str = "") -> None:
         low, high = meta["low"], meta["high"]
         if kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
             raise ValueError(f"{name} = {value!r}: must be in [{low}, {high}]")
+    if hasattr(config, "check_together"):
+        config.check_together(prefix)
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,29 @@ class EngineConfig:
     weights: str = setting(
         "", "path of the model's weights; empty = those that ship, or the copy that `speed3r weights fetch` made"
     )
+    streaming: str = setting(
+        "incremental",
+        "how a published backbone streams: incremental = a frame is computed once; windowed = the last ones together",
+        choices=("incremental", "windowed"),
+    )
+    height: int = setting(
+        0,
+        "pixels that frames are resized to; 0 = the model's default: 168 of compact, which has no other, 392 of backbones",
+        low=0,
+        high=2016,
+    )
+    width: int = setting(0, "likewise; 0 = 224 or 504", low=0, high=2016)
     attention: str = setting(
-        "speed3r",
-        "global attention strategy; lite3r needs weights with its linear branch",
-        choices=("speed3r", "dense", "lite3r"),
+        "auto",
+        "global attention strategy; auto = what the model was trained with: speed3r for compact and speed3r-pi3, else dense; "
+        "spark3r, and lite3r of backbones, only with windowed streaming; lite3r needs weights with its linear branch",
+        choices=("auto", "speed3r", "dense", "spark3r", "lite3r"),
     )
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = setting(
         "auto",
-        "of matrix products; auto = bf16 where the hardware has it, else int8 (x86 CPUs) or fp32",
+        "of matrix products; auto = bf16 where the hardware has it, else int8 (x86 CPUs) or fp32; of backbones bf16 on a GPU, "
+        "else fp32",
         choices=("auto", "fp32", "bf16", "int8"),
     )
     threads: int = setting(0, "CPU threads of the network; 0 = all cores", low=0, high=256)
@@ -79,3 +95,30 @@ class EngineConfig:
         high=1.0,
         live=True,
     )
+
+    @property
+    def strategy(self) -> str:
+        """Name of the attention strategy, `auto` resolved."""
+        trained = "speed3r" if self.model in ("compact", "speed3r-pi3") else "dense"
+        return trained if self.attention == "auto" else self.attention
+
+    def check_together(self, prefix: str) -> None:
+        """Raise ValueError with one line for settings that do not go together."""
+        windowed = self.model != "compact" and self.streaming == "windowed"
+        if not windowed and (self.strategy == "spark3r" or self.strategy == "lite3r" and self.model != "compact"):
+            raise ValueError(
+                f"{prefix}attention = {self.strategy!r}: works on whole sequences; use speed3r or dense, or a published "
+                f"backbone with {prefix}streaming = windowed"
+            )
+        if self.model == "compact":
+            return  # its sizes are those of its weights
+        if self.precision == "int8":
+            raise ValueError(f"{prefix}precision = 'int8': only compact runs in it; use auto, bf16 or fp32")
+        step = 56 if self.strategy == "speed3r" else 14
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) % step:
+                near = max(1, round(side / step)) * step
+                raise ValueError(
+                    f"{prefix}{name} = {side}: {self.model} with {self.strategy} attention needs a multiple of {step}, "
+                    f"e.g. {near}, or 0"
+                )

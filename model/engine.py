@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speed3r_ros.model import weights
 from speed3r_ros.model.config import EngineConfig, check
 from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.memory import Memory
-from speed3r_ros.model.network import Network, Prediction
+from speed3r_ros.model.network import Prediction
 from speed3r_ros.model.quantised import Int8Linear
+from speed3r_ros.model.streaming import StreamingNetwork, load_network
 from speed3r_ros.model.types import Estimate, Frame, Tracking, resize_intrinsics
 
 HANDOVER = 3  # keyframes shared by consecutive segments
@@ -51,7 +51,7 @@ class Segment:
 
 
 def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """Device and matrix precision that `auto` stands for here. Raises ValueError when a GPU is asked for and absent."""
+    """Device and matrix precision that `auto` stands for here. Raises ValueError for those that are not there."""
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ValueError(
@@ -63,6 +63,8 @@ def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
         raise ValueError("engine.precision = 'int8': needs an x86 CPU with AVX2; use auto, bf16 or fp32")
     if config.precision != "auto":
         return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[config.precision]
+    if config.model != "compact" and device.type == "cpu":
+        return device, torch.float32
     bf16 = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cuda"
@@ -127,51 +129,31 @@ class Engine:
     Raises ValueError for settings, weights or devices that cannot work, with one line that says what to do.
     """
 
-    def __init__(self, config: EngineConfig | None = None, network: Network | None = None) -> None:
+    def __init__(self, config: EngineConfig | None = None, network: StreamingNetwork | None = None) -> None:
         self.config = config or EngineConfig()
         check(self.config, "engine.")
-        if self.config.model != "compact":
-            raise ValueError(f"engine.model = {self.config.model!r}: only compact streams so far; use compact")
         self.device, self.dtype = select_device(self.config)
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        network = network or weights.load(self.config.weights or "compact")
-        if self.config.attention == "lite3r" and network.global_blocks[0].proj_lin is None:
-            raise ValueError(
-                f"engine.attention = 'lite3r': the weights {self.config.weights or 'compact'!r} have no linear branch; "
-                "give engine.weights of a lite3r training, or use speed3r"
-            )
-        self.network = network.to(self.device).precision(self.dtype).eval()
+        self.network = (network or load_network(self.config)).to(self.device).precision(self.dtype).eval()
         self._spare = [self._new_memory(), self._new_memory()]
-        self._graphs = self._capture() if self.device.type == "cuda" else {}
+        self._graphs = self._capture() if self.device.type == "cuda" and self.network.capturable else {}
         self.reset()
 
     @property
     def input_size(self) -> tuple[int, int]:
         """(h, w) that every frame is resized to, and that estimates have."""
-        return self.network.config.height, self.network.config.width
+        return self.network.input_size
 
     def _new_memory(self) -> Memory:
-        net, config = self.network.config, self.config
-        heads, patches = net.channels // net.head_width, net.grid[0] * net.grid[1]
-        return Memory(
-            net.alternating_blocks,
-            heads,
-            net.specials + patches,
-            patches // 16,
-            net.head_width,
-            config.window,
-            config.anchors,
-            config.bank,
-            torch.float32 if self.dtype == torch.int8 else self.dtype,
-            self.device,
-        )
+        config = self.config
+        return self.network.new_memory(config.window, config.anchors, config.bank, config.strategy)
 
     @torch.inference_mode()
     def _capture(self) -> dict[int, GraphedStep]:
         """A graph for each memory; without them, said with the reason, steps are launched kernel by kernel."""
         try:
-            return {id(m): GraphedStep(self.network, m, self.config.attention, self.config.top_k) for m in self._spare}
+            return {id(m): GraphedStep(self.network, m, self.config.strategy, self.config.top_k) for m in self._spare}
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             warnings.warn(f"no CUDA graph ({reason}): each frame takes several times longer", stacklevel=2)
@@ -271,7 +253,7 @@ class Engine:
         if graph := self._graphs.get(id(segment.memory)):
             out = graph(pixels, rays)
         else:
-            out = self.network.step(pixels, segment.memory, rays, self.config.attention, self.config.top_k)
+            out = self.network.step(pixels, segment.memory, rays, self.config.strategy, self.config.top_k, None)
         return out, out.points[0, 0].float().cpu().numpy()
 
     @staticmethod

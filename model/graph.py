@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from speed3r_ros.model.memory import Memory
-from speed3r_ros.model.network import Network, Prediction
+from speed3r_ros.model.network import Prediction
+from speed3r_ros.model.streaming import StreamingNetwork
 
 
 class GraphedStep:
-    """`Network.step` on a fixed memory, replayed. Launching some 500 small kernels one by one takes longer than running them.
+    """A network's `step` on a fixed memory, replayed. Launching hundreds of small kernels takes longer than running them.
 
     The memory is cleared by the capture. Raises RuntimeError when the capture fails.
     """
 
-    def __init__(self, network: Network, memory: Memory, attention: str, top_k: int) -> None:
-        config, device = network.config, memory.fine.device
-        self._image = torch.zeros(3, config.height, config.width, device=device)
-        self._rays = torch.zeros(2, config.height, config.width, device=device)
+    def __init__(self, network: StreamingNetwork, memory: Memory, attention: str, top_k: int) -> None:
+        device = memory.fine.device
+        self._image = torch.zeros(3, *network.input_size, device=device)
+        self._rays = torch.zeros(2, *network.input_size, device=device)
         self._known = torch.zeros(1, dtype=torch.bool, device=device)
 
         def step() -> Prediction:

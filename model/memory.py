@@ -11,7 +11,8 @@ for the parallel form of the network, so that training sees exactly what deploym
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -96,8 +97,10 @@ class Memory:
     """Keys and values of past frames for every global layer, at fixed addresses.
 
     fine: (1, 1, slots) bool and coarse: (1, 1, slots + bank) bool say which slots the newest frame sees; first: (1,) bool,
-    that it opens the segment. All state that the network reads lives on the device at fixed addresses, so that one CUDA
-    graph replays every step. Bounded: nothing is allocated after construction.
+    that it opens the segment; index: (1,) int64, its slot. All state that the network reads lives on the device at fixed
+    addresses, so that one CUDA graph replays every step. Bounded: nothing is allocated after construction.
+
+    state: what else a network keeps, by name, float32, in the shapes that it asks for.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Memory:
         bank: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        state: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         slots = window + anchors + 1
         self.schedule = Schedule(window, anchors, bank)
@@ -120,7 +124,8 @@ class Memory:
         self._pooled = torch.zeros(2, layers, heads, slots + bank, blocks, width, dtype=dtype, device=device)
         self._visible = torch.zeros(slots + bank, dtype=torch.bool)
         self._mask = torch.zeros(slots + bank, dtype=torch.bool, device=device)
-        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        self.state = {name: torch.zeros(shape, device=device) for name, shape in (state or {}).items()}
         self.first = torch.zeros(1, dtype=torch.bool, device=device)
 
     @property
@@ -136,7 +141,7 @@ class Memory:
     @property
     def bytes(self) -> int:
         """Storage in bytes, constant."""
-        return sum(x.numel() * x.element_size() for x in (self._fine, self._pooled, self._mask))
+        return sum(x.numel() * x.element_size() for x in (self._fine, self._pooled, self._mask, *self.state.values()))
 
     def clear(self) -> None:
         """Open a new segment."""
@@ -150,7 +155,7 @@ class Memory:
         self._visible.zero_()
         self._visible[[s for _, s in self.schedule.resident] + [self.slots + s for _, s in self.schedule.bank]] = True
         self._mask.copy_(self._visible)
-        self._slot.fill_(slot)
+        self.index.fill_(slot)
         self.first.fill_(self.schedule.frame == 0)
 
     def keep(self) -> None:
@@ -159,4 +164,44 @@ class Memory:
 
     def slot(self, layer: int) -> Slot:
         """Where a layer's keys and values of the newest frame go, among those of all frames."""
-        return Slot(self._fine[:, layer], self._pooled[:, layer], self._slot)  # a tensor: a CUDA graph can replay it
+        return Slot(self._fine[:, layer], self._pooled[:, layer], self.index)  # a tensor: a CUDA graph can replay it
+
+    def of_first(self, name: str, value: Tensor) -> Tensor:
+        """What `value` was at the segment's first frame: the state of that name, which takes it there."""
+        kept = self.state[name]
+        return kept.copy_(torch.where(self.first, value.detach(), kept))
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which frames the T frames of a call see, where they do not all see all.
+
+    fine, coarse: (1, T, N) and (1, T, M) bool, the frames whose fine and whose pooled tokens a frame sees. memory: it holds
+    these N and M frames, and takes the keys and values of the call's one; None: they are the call's own T.
+    """
+
+    fine: Tensor
+    coarse: Tensor
+    memory: Memory | None = None
+
+    @staticmethod
+    def into(memory: Memory) -> Sight:
+        """Of the newest frame, for which `memory.admit` has made room."""
+        return Sight(memory.fine, memory.coarse, memory)
+
+    @staticmethod
+    def causal(frames: int, device: torch.device | str = "cpu") -> Sight:
+        """Each frame sees itself and all earlier ones."""
+        table = torch.ones(1, frames, frames, dtype=torch.bool, device=device).tril()
+        return Sight(table, table)
+
+    @property
+    def first(self) -> Tensor:
+        """(T,) bool: the frame that opens its sequence."""
+        if self.memory is not None:
+            return self.memory.first
+        return torch.arange(self.fine.shape[1], device=self.fine.device) == 0
+
+    def of_first(self, name: str, value: Tensor) -> Tensor:
+        """What `value`, computed from the call's first frame, was at the first frame of all: see `Memory.of_first`."""
+        return value if self.memory is None else self.memory.of_first(name, value)

@@ -64,7 +64,7 @@ class Prediction:
     points: (B, T, 3, H, W) in the camera frame. confidence: (B, T, H, W) logit of "relative error under 8 %".
     R: (B, T, 3, 3), t: (B, T, 3) camera-to-world in the segment's gauge. log_sigma: (B, T, 2) log of the expected
     error of t (in units of mean depth) and of R (rad) against the segment's first frame. descriptor: (B, T, h * w, 128)
-    patch descriptors for matching, row-major.
+    patch descriptors for matching, row-major, which only training needs.
     """
 
     points: Tensor
@@ -72,7 +72,7 @@ class Prediction:
     R: Tensor
     t: Tensor
     log_sigma: Tensor
-    descriptor: Tensor
+    descriptor: Tensor | None = None
 
 
 def rotation_from_6d(x: Tensor) -> Tensor:
@@ -96,6 +96,16 @@ def norm_sum(
 ) -> tuple[Tensor, Tensor]:
     """x + gamma * branch, and its layer norm as `dtype`, (..., C) each; without a branch x itself. gamma: (C,), None for 1."""
     return add_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype, gamma)
+
+
+def patch_product(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution whose stride is its size, as a matrix product, which GPUs do many times as fast.
+
+    (F, inputs, h * s, w * s) -> (F, h * w, C), row-major.
+    """
+    side = conv.kernel_size[0]
+    x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(x.flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
 
 
 def linear_gelu(layer: nn.Linear | Int8Linear | Fp8Linear, h: Tensor) -> Tensor:
@@ -192,6 +202,8 @@ Attend = Callable[..., Tensor]  # the layer; q, k, v, pooled q, k, v, gate of it
 
 class Network(nn.Module):
     """See the module's text. `forward` is the parallel form, `step` the recurrent one."""
+
+    capturable = True  # see `streaming.StreamingNetwork`
 
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
@@ -303,6 +315,27 @@ class Network(nn.Module):
                 module.to(dtype)
         return self
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(h, w) of the images."""
+        return self.config.height, self.config.width
+
+    def new_memory(self, window: int, anchors: int, bank: int, attention: str) -> Memory:
+        """A memory for `step`, in the type of the matrix products; it fits every attention."""
+        cfg, (h, w), first = self.config, self.config.grid, self.global_blocks[0]
+        return Memory(
+            cfg.alternating_blocks,
+            cfg.channels // cfg.head_width,
+            cfg.specials + h * w,
+            h * w // BLOCK,
+            cfg.head_width,
+            window,
+            anchors,
+            bank,
+            compute_dtype(first.qkv),
+            first.gate.weight.device,
+        )
+
     def settings(self) -> dict[str, int]:
         """The configuration as plain numbers, for checkpoints."""
         return asdict(self.config)
@@ -322,7 +355,7 @@ class Network(nn.Module):
         x = (image - IMAGE_MEAN) / IMAGE_STD
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         stem = F.gelu(self.stem2(F.gelu(self.stem1(x))))
-        patches = self.patch_embed(stem).flatten(2).transpose(1, 2)[:, self.order].float()
+        patches = patch_product(self.patch_embed, stem)[:, self.order].float()
         embedding = self.position(self.position_features.to(self.position.weight.dtype)).float()
         if rays is not None:
             features = F.avg_pool2d(rays, cfg.patch).flatten(2)

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Reconstruct a recording live: a ROS 2 node, fed in real time by a second process and recorded by a third.
-#   scripts/demo.sh [INPUT] [--out DIR] [--rate R] [NODE ARGUMENT...]
+#   scripts/demo.sh [INPUT] [--out DIR] [--rate R] [--model NAME] [--attention NAME] [NODE ARGUMENT...]
 # INPUT   a ROS 2 bag (sqlite3 or mcap), a video, or a folder of images; default: the sample bag
 # --out   folder of report.html, trajectory.tum, map.ply and the recorded bag; default: out
 # --rate  speed of the playback; default: 1, real time. Slower loses fewer frames on a slow machine
-# What follows goes to the node, e.g. -p engine.attention:=dense
+# --model      the network; default: compact. Others need their weights: speed3r weights fetch NAME
+# --attention  how frames attend to one another: auto, dense or speed3r; default: auto
+# What follows goes to the node, e.g. -p engine.window:=8
 set -euo pipefail
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
 say() { printf 'demo: %s\n' "$*" >&2; }
 die() {
   say "$*"
@@ -17,6 +19,7 @@ die() {
 input=
 out=out
 rate=1
+model=
 node_arguments=()
 while (($#)); do
   case $1 in
@@ -25,6 +28,10 @@ while (($#)); do
     --out=*) out=${1#--out=} ;;
     --rate) rate=${2:?"--rate needs a number"}; shift ;;
     --rate=*) rate=${1#--rate=} ;;
+    --model) model=${2:?"--model needs a name"}; shift ;;
+    --model=*) model=${1#--model=} ;;
+    --attention) node_arguments+=(-p "engine.attention:=${2:?"--attention needs a name"}"); shift ;;
+    --attention=*) node_arguments+=(-p "engine.attention:=${1#--attention=}") ;;
     -p | -r | --params-file) node_arguments+=("$1" "${2:?"$1 needs a value"}"); shift ;;
     -*) usage >&2; die "unknown option $1" ;;
     *) [[ -z $input ]] || die "one INPUT at a time: $input or $1"; input=$1 ;;
@@ -40,6 +47,14 @@ mkdir -p "$out" 2> /dev/null && [[ -w $out ]] || die "cannot write into $out"
 out=$(cd "$out" && pwd)
 # shellcheck source=scripts/setup.sh
 source "$root/scripts/setup.sh"
+
+if [[ -n $model ]]; then
+  # Absent weights are said before anything starts, unless the node is told of others.
+  if [[ $model != compact && ! ${node_arguments[*]} =~ engine\.weights:=|--params-file ]]; then
+    problem=$(python -m speed3r_ros.cli weights path "$model" 2>&1 > /dev/null) || die "${problem#speed3r weights: }"
+  fi
+  node_arguments+=(-p "engine.model:=$model")
+fi
 
 # Nothing of a robot on this network is heard or disturbed.
 export ROS_DOMAIN_ID=$((RANDOM % 100 + 1))

@@ -39,8 +39,8 @@ class Camera:
         if self.width <= 0 or self.height <= 0:
             raise ValueError(f"camera_info is for {self.width} x {self.height} pixels: set width and height")
 
-    def rectify(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Undistorted image of the same size and its K (3, 3).
+    def rectify(self, image: np.ndarray, interpolation: int = cv2.INTER_LINEAR) -> tuple[np.ndarray, np.ndarray]:
+        """Undistorted image of the same size and its K (3, 3); cv2.INTER_NEAREST for depth. Zero outside the image.
 
         K is kept, so that depth and points stay aligned with `image_rect` of image_proc, which keeps it too for a
         monocular camera (P = [K | 0]). Raises ValueError for an image of another resolution.
@@ -62,4 +62,4 @@ class Camera:
             else:
                 maps = cv2.initUndistortRectifyMap(K, np.asarray(self.D, float), None, K, size, cv2.CV_16SC2)
             self._maps.extend(maps)
-        return cv2.remap(image, *self._maps, cv2.INTER_LINEAR), K
+        return cv2.remap(image, *self._maps, interpolation), K

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from speed3r_ros import reconstruct, report, weights_command
+from speed3r_ros import evaluate, reconstruct, report, weights_command
 from speed3r_ros.config import dump_yaml
 
 
@@ -14,7 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; its exit code: 0, 1 when it failed (with one line that says why), 2 for wrong usage."""
     parser = argparse.ArgumentParser(prog="speed3r", description="Streaming monocular 3D reconstruction.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module, name in ((reconstruct, "reconstruct"), (report, "report"), (weights_command, "weights")):
+    modules = {"reconstruct": reconstruct, "evaluate": evaluate, "report": report, "weights": weights_command}
+    for name, module in modules.items():
         summary = module.HELP
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

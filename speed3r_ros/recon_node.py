@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import signal
 import sys
 import threading
@@ -81,6 +82,18 @@ class Answer:
     epoch: int  # resets before it
 
 
+class RosLog(logging.Handler):
+    """Passes warnings of this package, such as the notice of a licence, on to the log of the node."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        self._logger.warning(record.getMessage())
+
+
 def descriptor(item: Any) -> ParameterDescriptor:
     """Description, range and mutability of a setting."""
     meta, out = (
@@ -121,6 +134,7 @@ class ReconNode(Node):
 
     def __init__(self, engine: Engine | None = None, **node_options: Any) -> None:
         super().__init__("speed3r", **node_options)
+        logging.getLogger("speed3r_ros").addHandler(RosLog(self.get_logger()))
         self.config = self._declare()
         self.pipeline = Pipeline(self.config, engine)
         self.statistics = Statistics()
@@ -156,7 +170,7 @@ class ReconNode(Node):
         engine = self.pipeline.engine
         self.get_logger().info(
             f"ready: {self.config.engine.model} on {engine.device}, {str(engine.dtype).removeprefix('torch.')}, "
-            f"{self.config.engine.attention} attention; scale factor {self.config.scale.factor:g}"
+            f"{self.config.engine.strategy} attention; scale factor {self.config.scale.factor:g}"
             + ("" if self.config.scale.factor != 1 else " (monocular: lengths are in units of the model, not metres)")
         )
 

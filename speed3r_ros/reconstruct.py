@@ -23,6 +23,7 @@ from speed3r_ros.camera import Camera
 from speed3r_ros.config import Config, load_yaml, parse_value, settings, with_values
 from speed3r_ros.mapping.files import folder_written_whole
 from speed3r_ros.mapping.trajectory import Trajectory
+from speed3r_ros.model.backbones.checkpoints import checkpoint_file
 from speed3r_ros.model.types import Estimate, Frame, Tracking
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly, summary
@@ -35,6 +36,15 @@ HELP = "reconstruct a bag, a video or a folder of images"
 OUTPUTS = {"trajectory.tum", "map.ply", "report.html", "bag"}
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Arguments for `read_settings`."""
+    parser.add_argument("--model", metavar="NAME", help="the network, short for --set engine.model=NAME")
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings, as for the node")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, e.g. engine.window=8; repeatable"
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the sub-command."""
     parser.add_argument("input", help="ROS 2 bag (sqlite3 or mcap), video file, or folder of images")
@@ -44,10 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=positive, default=1, metavar="N", help="use every Nth frame")
     parser.add_argument("--max-frames", type=positive, metavar="N", help="stop after N frames")
     parser.add_argument("--no-bag", dest="bag", action="store_false", help="do not write the messages to DIR/bag")
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings, as for the node")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="one setting, e.g. engine.window=8; repeatable"
-    )
+    add_settings(parser)
 
 
 def positive(text: str) -> int:
@@ -61,12 +68,15 @@ def run(options: argparse.Namespace) -> int:
     """0; 1 or, for wrong usage, 2 after one line that says what is wrong; 130 when interrupted, with nothing written."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        config = read_settings(options.config, options.set)
-        check_destination(options.out, options.overwrite, Path(options.input))
+        config = read_settings(options.config, options.set, options.model)
+        check_destination(options.out, options.overwrite, Path(options.input), OUTPUTS, "report.html")
     except (OSError, ValueError) as error:
         print(f"speed3r reconstruct: {error}", file=sys.stderr)
         return 2
     try:
+        engine = config.engine
+        if engine.model != "compact":  # said at once
+            checkpoint_file(engine.model, engine.weights or None)
         from speed3r_ros.pipeline import Pipeline
 
         source = open_source(options.input, options.topic)
@@ -84,21 +94,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_destination(out: Path, overwrite: bool, given: Path) -> None:
-    """Raise ValueError when results in `out` would replace the input or what this command did not write."""
+def check_destination(out: Path, overwrite: bool, given: Path, outputs: set[str], mark: str) -> None:
+    """Raise ValueError when results in `out` would replace the input or what this command did not write.
+
+    outputs: names that the command may write. mark: the one that it always writes.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if any((out / name).resolve() in (given.resolve(), *given.resolve().parents) for name in names & OUTPUTS):
+    if any((out / name).resolve() in (given.resolve(), *given.resolve().parents) for name in names & outputs):
         raise ValueError(f"--out {out}: the input {given} would be replaced; name another folder")
-    if names and not overwrite and not ("report.html" in names and names <= OUTPUTS):
-        other = min(names - OUTPUTS or names)
+    if names and not overwrite and not (mark in names and names <= outputs):
+        other = min(names - outputs or names)
         raise ValueError(f"--out {out}: holds other files ({other}); name a new folder or add --overwrite")
 
 
-def read_settings(file: Path | None, assignments: list[str]) -> Config:
-    """Defaults, then a parameter file as for the node, then NAME=VALUE. Raises ValueError, OSError."""
-    values = {}
+def read_settings(file: Path | None, assignments: list[str], model: str | None = None) -> Config:
+    """Defaults, then a parameter file as for the node, the model, and NAME=VALUE. Raises ValueError, OSError."""
+    values = {"engine.model": model} if model else {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:

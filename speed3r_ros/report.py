@@ -20,9 +20,10 @@ import cv2
 import numpy as np
 
 from speed3r_ros.mapping.files import written_whole
+from speed3r_ros.mapping.metrics import TOLERANCE_NS, WINDOW, Accuracy, Sparsification
 from speed3r_ros.mapping.point_map import write_ply
 from speed3r_ros.mapping.trajectory import absolute_trajectory_error
-from speed3r_ros.results import TOLERANCE_NS, Results, accuracy, dropped, rate, summary, versions
+from speed3r_ros.results import Results, accuracy, dropped, rate, summary, versions
 
 HELP = "report on a live run from the node's recorded outputs"
 INK = "#010203"  # in plots: replaced by the page's text colour, so that they suit light and dark
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 def write_report(results: Results, path: str | Path) -> None:
     """Write the page; the file appears whole or not at all. Raises OSError."""
     body = [head(results), trajectory_section(results), map_section(results), strips_section(results)]
-    body += [timing_section(results), table_section(results)]
+    body += [confidence_section(results), timing_section(results), table_section(results)]
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -113,10 +114,11 @@ def head(results: Results) -> str:
     poses, score = len(results.trajectory), accuracy(results)
     tiles = [("frames with a pose", number("poses", poses, f"{poses} / {results.frames}"))]
     if score:
-        tiles.append(("ATE after Sim(3) alignment", number("ate", score.ate, f"{score.ate:.3g}")))
-        tiles.append(("of the true path", number("drift", score.ate / max(score.path, 1e-12), share=True)))
-        tiles.append(("recovered scale", number("scale", score.scale)))
-        tiles.append(("coverage of the truth", number("coverage", score.coverage, share=True)))
+        found = score.estimate
+        tiles.append(("ATE after Sim(3) alignment", number("ate", found.ate, f"{found.ate:.3g}")))
+        tiles.append(("of the true path", number("drift", found.ate / max(found.path, 1e-12), share=True)))
+        tiles.append(("recovered scale", number("scale", found.scale)))
+        tiles.append(("coverage of the truth", number("coverage", found.coverage, share=True)))
     for name, label, times in (
         ("rate", "poses per second", results.wall_s),
         ("depth_rate", "depth images per second", results.depth_wall_s),
@@ -155,10 +157,10 @@ def trajectory_section(results: Results) -> str:
     figures = [figure_of(track_plot(estimate @ axes.T, truth @ axes.T if score else None), "")]
     if score:
         note = (
-            f"Aligned to the truth with a similarity (scale {score.scale:.4g}, {score.matched} poses). "
+            f"Aligned to the truth with a similarity (scale {fit.scale:.4g}, {fit.matched} poses). "
             "Lengths are in the truth's unit."
         )
-        figures.append(figure_of(error_plot(when, error, score.ate), "Position error over time"))
+        figures.append(figure_of(error_plot(when, error, fit.rmse), "Position error over time"))
     else:
         note = "No ground truth: lengths are in the model's unit times the configured scale."
         if results.truth is not None:
@@ -228,18 +230,7 @@ def table_section(results: Results) -> str:
     score = accuracy(results)
     parts = []
     if score:
-        rows = [
-            ("ATE, Sim(3) aligned", score.ate, "ate_table"),
-            ("ATE, SE(3) aligned (metric)", score.ate_metric, "ate_metric"),
-            ("recovered scale", score.scale, "scale_table"),
-            ("coverage: true poses that have an estimate", score.coverage, "coverage_table"),
-            ("length of the true path", score.path, "path"),
-            ("relative error per step, translation", score.step, "step"),
-            ("relative error per step, rotation in degrees", score.step_rotation, "step_rotation"),
-            ("baseline: straight line at constant speed, ATE", score.line, "baseline_line"),
-            ("baseline: standing still at the centroid, ATE", score.still, "baseline_still"),
-        ]
-        parts.append(table({name: number(key, value) for name, value, key in rows}))
+        parts.append(accuracy_table(score))
     elif results.truth is None:
         parts.append("<p>The input has no ground truth.</p>")
     if results.lost:
@@ -249,6 +240,58 @@ def table_section(results: Results) -> str:
     parts.append(f"<details><summary>{title}</summary>{settings}</details>" if results.settings else "")
     parts.append(f"<details><summary>Versions</summary>{table(escaped(versions()))}</details>")
     return section("Numbers", "".join(parts))
+
+
+def confidence_section(results: Results) -> str:
+    """How well confidence sorts the errors of depth, where they are known."""
+    found = results.confidence
+    if found is None:
+        return ""
+    note = (
+        "The fifth of the pixels with the least confidence holds "
+        f"{number('worst_fifth', found.worst_fifth, share=True)} of the sum of depth errors; "
+        f"the worst fifth holds {found.worst_fifth_oracle:.1%}. Area under the sparsification error "
+        f"{number('ause', found.ause)}; {found.ause_random:.4g} if confidence said nothing."
+    )
+    return section("Confidence", f"<p>{note}</p>" + figure_of(sparsification_plot(found), ""))
+
+
+ACCURACY_ROWS = {
+    "ate": "ATE, Sim(3) aligned",
+    "ate_metric": "ATE, SE(3) aligned (metric)",
+    "scale": "recovered scale",
+    "coverage": "coverage: true poses that have an estimate",
+    "path": "length of the true path",
+    "rpe_frame": "relative error per frame, translation",
+    "rpe_frame_rotation": "relative error per frame, rotation in degrees",
+    "rpe_second": "relative error per second, translation",
+    "rpe_second_rotation": "relative error per second, rotation in degrees",
+    "rpe_unit": "relative error per unit of the path, translation",
+    "rpe_unit_rotation": "relative error per unit of the path, rotation in degrees",
+    "rotation": f"rotation between pairs within {WINDOW} frames, median, degrees",
+    "rotation_auc5": "the same, AUC@5",
+    "direction": f"direction between pairs within {WINDOW} frames, median, degrees",
+    "direction_auc5": "the same, AUC@5",
+}
+
+
+AT_A_GLANCE = {"ate", "scale", "coverage"}  # shown in the head, too, and an id stands once
+
+
+def accuracy_table(score: Accuracy) -> str:
+    """Errors beside those of the trivial trajectories."""
+    columns = {"this run": score.estimate, "straight line": score.line, "standing still": score.still}
+    head = "".join(f'<th class="number">{name}</th>' for name in columns)
+    body = ""
+    for key, title in ACCURACY_ROWS.items():
+        values = [getattr(errors, key) for errors in columns.values()]
+        names = (f"{key}_table" if key in AT_A_GLANCE else key, f"{key}_line", f"{key}_still")
+        cells = "".join(
+            f'<td class="number">{number(name, value) if np.isfinite(value) else "–"}</td>'
+            for name, value in zip(names, values)
+        )
+        body += f'<tr><th scope="row">{title}</th>{cells}</tr>'
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 # HTML
@@ -427,6 +470,19 @@ def error_plot(when: np.ndarray, error: np.ndarray, ate: float) -> str:
     ax.axhline(ate, color=INK, alpha=0.5, linewidth=1, linestyle="--")
     ax.set_ylim(bottom=0)
     label(ax, "time, s", "error")
+    return inline_svg(figure)
+
+
+def sparsification_plot(found: Sparsification) -> str:
+    """Mean of the remaining errors while the least confident pixels, or those with the largest errors, go."""
+    figure, (ax,) = new_figure(1, 2.6)
+    shown = np.linspace(0, len(found.curve) - 1, 101).astype(int)
+    for values, color, name in ((found.curve, ESTIMATE, "by confidence"), (found.oracle, TRUTH, "by error")):
+        ax.plot(shown / len(values), values[shown], color=color, linewidth=1.5, label=name)
+    ax.axhline(1, color=INK, alpha=0.5, linewidth=1, linestyle="--", label="at random")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, labelcolor=INK, fontsize=9)
+    label(ax, "share of pixels left out", "mean error of the rest, of all")
     return inline_svg(figure)
 
 

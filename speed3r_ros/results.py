@@ -8,15 +8,11 @@ from importlib import metadata
 
 import numpy as np
 
-from speed3r_ros.mapping.trajectory import (
-    Trajectory,
-    absolute_trajectory_error,
-    associate,
-    relative_errors,
-)
+from speed3r_ros.mapping import metrics
+from speed3r_ros.mapping.metrics import Accuracy, Sparsification
+from speed3r_ros.mapping.trajectory import Trajectory
 
 STRIPS = 8  # instants shown
-TOLERANCE_NS = 20_000_000  # between the stamps of a frame and of its true pose
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Results:
     points, colors: the final map in the trajectory's world, (N, 3) float32 and (N, 3) uint8.
     latency_s: (N,) seconds from a frame's arrival to its pose. wall_s: (N,) monotonic times of the poses.
     depth_wall_s: (M,) the same of the depth images. live: frames came in real time, so that slow processing leaves some
-    without depth, or drops them. lost: frames without a pose, by reason.
+    without depth, or drops them. lost: frames without a pose, by reason. confidence: how it sorts errors of depth, if known.
     """
 
     name: str
@@ -57,68 +53,20 @@ class Results:
     live: bool = False
     lost: dict[str, int] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Errors against the truth, in its unit (degrees for rotations), and what trivial trajectories would score.
-
-    line: a straight line at constant speed; still: a camera that stays at the centroid; both aligned like the estimate.
-    """
-
-    ate: float
-    ate_metric: float
-    scale: float
-    coverage: float
-    matched: int
-    path: float
-    step: float
-    step_rotation: float
-    line: float
-    still: float
+    confidence: Sparsification | None = None
 
 
 def accuracy(results: Results) -> Accuracy | None:
     """Errors over the frames that have a pose and a truth; None when there are fewer than 3."""
-    truth, estimate = results.truth, results.trajectory
-    if truth is None or len(associate(estimate.stamps_ns, truth.stamps_ns, TOLERANCE_NS)[0]) < 3:
+    try:
+        return None if results.truth is None else metrics.accuracy(results.trajectory, results.truth)
+    except ValueError:
         return None
-    similar = absolute_trajectory_error(estimate, truth, tolerance_ns=TOLERANCE_NS)
-    rigid = absolute_trajectory_error(estimate, truth, with_scale=False, tolerance_ns=TOLERANCE_NS)
-    translation, rotation = relative_errors(estimate, truth, scale=similar.scale, tolerance_ns=TOLERANCE_NS)
-    matched = truth.poses[similar.truth_index, :3, 3]
-    return Accuracy(
-        ate=similar.rmse,
-        ate_metric=rigid.rmse,
-        scale=similar.scale,
-        coverage=similar.coverage,
-        matched=similar.matched,
-        path=similar.path,
-        step=rms(translation),
-        step_rotation=float(np.rad2deg(rms(rotation))),
-        line=absolute_trajectory_error(straight_line(estimate), truth, tolerance_ns=TOLERANCE_NS).rmse,
-        still=rms(np.linalg.norm(matched - matched.mean(0), axis=1)),
-    )
 
 
 def evenly(count: int, wanted: int = STRIPS) -> list[int]:
     """Up to `wanted` indices spread over range(count), the first and the last included."""
     return sorted({round(index) for index in np.linspace(0, count - 1, min(wanted, count))})
-
-
-def rms(values: np.ndarray) -> float:
-    """Root of the mean square."""
-    return float(np.sqrt(np.mean(np.square(values))))
-
-
-def straight_line(trajectory: Trajectory) -> Trajectory:
-    """Constant velocity along x at the same stamps."""
-    line, stamps = Trajectory(), trajectory.stamps_ns
-    for stamp in stamps:
-        T = np.eye(4)
-        T[0, 3] = (stamp - stamps[0]) / 1e9
-        line.append(stamp, T)
-    return line
 
 
 def rate(wall_s: np.ndarray) -> float:
@@ -151,11 +99,12 @@ def summary(results: Results) -> str:
         p50, p95 = np.percentile(results.latency_s, (50, 95)) * 1e3
         lines.append(f"latency    {p50:.0f} ms median, {p95:.0f} ms 95th percentile")
     if score:
+        found = score.estimate
         lines += [
-            f"ATE        {score.ate:.4f} after Sim(3) alignment, on a path of {score.path:.2f}",
-            f"           scale {score.scale:.4f}, coverage {score.coverage:.1%} ({score.matched} true poses matched)",
-            f"           {score.ate_metric:.4f} after SE(3) alignment",
-            f"baselines  {score.line:.4f} straight line, {score.still:.4f} standing still",
+            f"ATE        {found.ate:.4f} after Sim(3) alignment, on a path of {found.path:.2f}",
+            f"           scale {found.scale:.4f}, coverage {found.coverage:.1%} ({found.matched} true poses matched)",
+            f"           {found.ate_metric:.4f} after SE(3) alignment",
+            f"baselines  {score.line.ate:.4f} straight line, {score.still.ate:.4f} standing still",
         ]
     elif results.truth is not None:
         lines.append("ATE        not computed: fewer than 3 poses match the truth in time")

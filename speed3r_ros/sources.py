@@ -14,7 +14,8 @@ import numpy as np
 
 from speed3r_ros.camera import Camera
 from speed3r_ros.convert import camera_from_info, image_to_array, stamp_to_ns
-from speed3r_ros.mapping.trajectory import NANO, Trajectory, parse_stamp, read_tum
+from speed3r_ros.mapping.metrics import TOLERANCE_NS
+from speed3r_ros.mapping.trajectory import NANO, associate, parse_stamp, read_tum
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
@@ -39,7 +40,8 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
-        self.truth = find_truth(path)
+        file = truth_file(path)
+        self.truth = read_tum(file) if file else None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -52,13 +54,20 @@ class Source:
         """Seconds from the first to the last image."""
         raise NotImplementedError
 
+    def true_depth(self, stamp_ns: int) -> np.ndarray | None:
+        """Depth (H, W) float32 along the optical axis, pixel-aligned with the image of this stamp, in the truth's unit.
 
-def find_truth(path: Path) -> Trajectory | None:
+        0 where unknown. None where there is none. Raises ValueError when it cannot be read.
+        """
+        return None
+
+
+def truth_file(path: Path) -> Path | None:
     """Ground truth inside or beside the input, if there is any."""
     for folder in (path, path.parent) if path.is_dir() else (path.parent,):
         for name in TRUTH_FILES:
             if (folder / name).is_file() and (folder == path or name == "groundtruth.tum"):
-                return read_tum(folder / name)
+                return folder / name
     return None
 
 
@@ -69,11 +78,7 @@ class FolderSource(Source):
         super().__init__(path)
         listing = path / "rgb.txt"
         if listing.is_file():
-            rows = [line.split() for line in listing.read_text().splitlines() if line.strip() and line[0] != "#"]
-            try:
-                self.items = sorted((parse_stamp(row[0]), path / row[1]) for row in rows)
-            except (ValueError, IndexError) as error:
-                raise ValueError(f"{listing}: expected `timestamp file` lines ({error})") from error
+            self.items = read_listing(listing)
         else:
             files = [
                 p
@@ -85,6 +90,7 @@ class FolderSource(Source):
         if not self.items:
             raise ValueError(f"{path}: no images; expected rgb.txt or {', '.join(sorted(IMAGE_SUFFIXES))} files")
         self.camera = read_intrinsics(path / "intrinsics.json")
+        self._depth_files: dict[int, Path] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -100,6 +106,40 @@ class FolderSource(Source):
                 warn(f"{path}: not a readable image, skipped")
                 continue
             yield stamp, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), self.camera
+
+    def true_depth(self, stamp_ns: int) -> np.ndarray | None:
+        """From the images of `depth.txt`, in depth_scale_m of `intrinsics.json`, or 1/5000 m in TUM's layout."""
+        listing = self.path / "depth.txt"
+        if self._depth_files is None:
+            files = read_listing(listing) if listing.is_file() else []
+            stamps = np.array([stamp for stamp, _ in self.items]), np.array([stamp for stamp, _ in files])
+            pairs = zip(*(index.tolist() for index in associate(*stamps, TOLERANCE_NS)))
+            self._depth_files = {self.items[i][0]: files[j][1] for i, j in pairs}
+        if stamp_ns not in self._depth_files:
+            return None
+        file, values = self._depth_files[stamp_ns], {}
+        if (self.path / "intrinsics.json").is_file():
+            values = json.loads((self.path / "intrinsics.json").read_text())
+        scale = values.get("depth_scale_m", 1 / 5000 if (self.path / "groundtruth.txt").is_file() else None)
+        if not isinstance(scale, (int, float)) or not scale > 0:
+            raise ValueError(
+                f"{listing}: the unit is {scale!r}; set depth_scale_m, metres per count, in intrinsics.json"
+            )
+        image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        if image is None or image.dtype != np.uint16 or image.ndim != 2:
+            raise ValueError(f"{file}: not a readable depth image; expected one channel of 16 bits")
+        depth = image.astype(np.float32) * np.float32(scale)
+        depth[depth > values.get("depth_max_m", np.inf)] = 0
+        return depth
+
+
+def read_listing(path: Path) -> list[tuple[int, Path]]:
+    """Stamps in ns and files of `timestamp file` lines (TUM), in the order of time. Raises ValueError, OSError."""
+    rows = [line.split() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
+    try:
+        return sorted((parse_stamp(row[0]), path.parent / row[1]) for row in rows)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: expected `timestamp file` lines ({error})") from error
 
 
 def read_intrinsics(path: Path) -> Camera | None:

@@ -1,23 +1,34 @@
 """Attention strategies against slow, independent float64 definitions, on fresh random inputs."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from speed3r_ros.kernels import coarse as coarse_kernels
+from speed3r_ros.kernels import frames as frame_kernels
+from speed3r_ros.kernels import selected as selected_kernels
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK
-from speed3r_ros.model.attention import Tokens, dense, speed3r
+from speed3r_ros.model.attention import Layer, Tokens, dense, speed3r
 
 HEADS, WIDTH, SPECIALS = 2, 8, 3
+INTERPRETED = pytest.mark.skipif(
+    frame_kernels.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton and TRITON_INTERPRET=1 before the start",
+)
 
 
-def random_case(blocks: int, frames: int, resident: int, banked: int, seed: int, specials: int = SPECIALS):
+def random_case(
+    blocks: int, frames: int, resident: int, banked: int, seed: int, specials: int = SPECIALS, width: int = WIDTH
+):
     g = torch.Generator().manual_seed(seed)
     length = specials + blocks * BLOCK
 
     def tokens(count, pooled_count, gate=False):
-        fine = torch.randn(1, HEADS, count * length, WIDTH, generator=g, dtype=torch.float64)
-        pooled = torch.randn(1, HEADS, pooled_count * blocks, WIDTH, generator=g, dtype=torch.float64)
+        fine = torch.randn(1, HEADS, count * length, width, generator=g, dtype=torch.float64)
+        pooled = torch.randn(1, HEADS, pooled_count * blocks, width, generator=g, dtype=torch.float64)
         gates = torch.rand(1, HEADS, count * length, 2, generator=g, dtype=torch.float64) if gate else None
         return Tokens(fine, pooled, gates)
 
@@ -33,7 +44,7 @@ def softmax(x):
     return e / e.sum()
 
 
-def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials):
+def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials, shown=()):
     """One token at a time, with explicit lists of what it may see."""
     out = np.zeros(q.fine.shape[1:])
     qf, kf, vf, qp, kp, vp, gate = (
@@ -52,13 +63,14 @@ def speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials):
                     g = (i - specials) // BLOCK
                     query = qp[h, t * blocks + g]
                     seen = [n * blocks + b for n in range(coarse.shape[2]) if coarse[0, t, n] for b in range(blocks)]
-                    compressed = softmax(kp[h, seen] @ query / WIDTH**0.5) @ vp[h, seen]
-                    local = [n * blocks + b for n in frames for b in range(blocks)]
+                    compressed = softmax(kp[h, seen] @ query / len(query) ** 0.5) @ vp[h, seen]
+                    local = [n * blocks + b for n in frames if n not in shown for b in range(blocks)]
                     best = sorted(local, key=lambda j: -(kp[h, j] @ query))[:top_k]
+                    best += [n * blocks + b for n in frames if n in shown for b in range(blocks)]
                     keys = always + [
                         (j // blocks) * length + specials + (j % blocks) * BLOCK + e for j in best for e in range(BLOCK)
                     ]
-                attended = softmax(kf[h, keys] @ qf[h, row] / WIDTH**0.5) @ vf[h, keys]
+                attended = softmax(kf[h, keys] @ qf[h, row] / qf.shape[-1] ** 0.5) @ vf[h, keys]
                 if i >= specials:
                     attended = gate[h, row, 0] * compressed + gate[h, row, 1] * attended
                 out[h, row] = attended
@@ -79,6 +91,28 @@ def test_speed3r_is_its_definition(blocks, frames, resident, banked, top_k, spec
     q.fine.requires_grad_()  # one frame that is not to be differentiated takes another way
     masked = speed3r(q, k, v, Visible(fine), Visible(coarse), specials, top_k)[0].detach().numpy()
     np.testing.assert_allclose(masked, expected, rtol=1e-9, atol=1e-9, err_msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("on_triton", [False, pytest.param(True, marks=INTERPRETED)])
+@pytest.mark.parametrize("specials", [0, 3])
+@pytest.mark.parametrize(
+    "blocks, frames, resident, banked, top_k, always",
+    [(3, 2, 4, 2, 2, (0, 2)), (1, 1, 1, 0, 5, (0,)), (2, 3, 3, 0, 1, (1,)), (2, 1, 3, 1, 100, (0, 1, 2))],
+)
+def test_some_frames_are_always_shown(
+    blocks, frames, resident, banked, top_k, always, specials, on_triton, monkeypatch
+):
+    """Those of the visible ones; blocks are chosen among the others."""
+    seed = int(torch.randint(2**31, ()))
+    q, k, v, fine, coarse, length = random_case(blocks, frames, resident, banked, seed, specials, 16)
+    expected = speed3r_by_loops(q, k, v, fine, coarse, blocks, length, top_k, specials, always)
+    if on_triton:
+        for module in (coarse_kernels, selected_kernels):
+            monkeypatch.setattr(module, "on_kernels", lambda x: True)
+        q, k, v = (Tokens(*(y if y is None else y.float() for y in (x.fine, x.pooled, x.gate))) for x in (q, k, v))
+    layer, tolerance = Layer(always=torch.tensor(always)), 1e-5 if on_triton else 1e-9
+    out = speed3r(q, k, v, Visible(fine), Visible(coarse), specials, top_k, layer)[0].numpy()
+    np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance, err_msg=f"seed {seed}")
 
 
 def test_selection_of_all_blocks_is_dense_attention():

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from speed3r_ros.model.backbones.da3 import Da3, Da3Config
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config
-from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone, load_into
+from speed3r_ros.model.backbones.registry import BACKBONES, build_backbone, load_backbone, load_into, read
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 
@@ -91,6 +91,20 @@ def test_truncated_file(tmp_path, state, suffix, kept):
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
     refused(path, f"model{suffix}: truncated")
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.6])
+def test_files_of_old_pytorch_load_too(tmp_path, state, kept):
+    path = tmp_path / "model.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    if kept < 1:
+        return refused(path, "model.pt: truncated")
+    loaded = load_into(tiny_pi3(), path, "do this").state_dict()
+    for key, value in loaded.items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+    assert all(value.is_meta and value.shape == state[key].shape for key, value in read(path, "meta").items())
 
 
 def test_other_files(tmp_path):

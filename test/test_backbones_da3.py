@@ -126,6 +126,18 @@ def test_nested_matches_the_official_code():
     assert out.metric and ((out.confidence == 0) == (out.raw["depth_conf"] == 1)).all()
 
 
+@torch.inference_mode()
+def test_without_a_pixel_that_tells_the_scale_it_is_one():
+    """No sky, but what is confident lies at no distance to speak of."""
+    depth, metres = torch.rand(2, 3, 8, 8).add(1)
+    confidence, sky = torch.rand(3, 8, 8).add(1), torch.rand(3, 8, 8) < 0.3
+    assert Da3Nested._scale(depth, metres.mul(1e-3), confidence, sky) == 1
+    assert Da3Nested._scale(depth.mul(1e-4), metres, confidence, sky) == 1
+    assert Da3Nested._scale(depth, metres, confidence, torch.ones_like(sky)) == 1
+    scale = Da3Nested._scale(depth, 3.7 * depth, confidence, sky)
+    torch.testing.assert_close(float(scale), 3.7, rtol=1e-5, atol=0)
+
+
 def test_reference_views():
     tokens = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     assert reference_view(tokens, "first").tolist() == [0, 0] and reference_view(tokens, "middle").tolist() == [2, 2]
@@ -151,7 +163,10 @@ def test_quantile_equals_torch():
     x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
     for q in (0.0, 0.5, 0.99, 1.0):
         for n in (1, 2, 1000, 1001):
-            torch.testing.assert_close(quantile(x[:n], q), torch.quantile(x[:n], q))
+            torch.testing.assert_close(quantile(x[:n], q, torch.ones(n, dtype=torch.bool)), torch.quantile(x[:n], q))
+            valid = torch.rand(1001) < 0.5
+            torch.testing.assert_close(quantile(x, q, valid), torch.quantile(x[valid], q))
+    assert quantile(x, 0.5, torch.zeros(1001, dtype=torch.bool)) == torch.inf
 
 
 def test_wrong_arguments_are_refused():

@@ -15,6 +15,7 @@ from speed3r_ros.model.backbones.pi3 import Pi3Config, Speed3RPi3
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
 from speed3r_ros.model.lite3r import add_linear_branch
+from speed3r_ros.model.memory import Sight
 from speed3r_ros.model.spark3r import Spark3R
 
 SIZES = dict(channels=128, heads=2, encoder_blocks=2, table=5, head_blocks=2, camera_channels=64)
@@ -166,7 +167,7 @@ def test_keys_and_values_lie_alike_in_memory(chunk):
     """The kernels copy both else."""
     layout = Layout((4, 8), 3, "speed3r", torch.device("cpu"))
     across = AcrossViews.of(layout.at, 3, 2, 64, "speed3r", 4, chunk)
-    _, k, v = across.before(Block(128, 2, qk_eps=1e-5, gated=True), torch.randn(4, 35, 128))
+    _, k, v = across.before(Block(128, 2, qk_eps=1e-5, gated=True), torch.randn(4, 35, 128), 0)
     assert k.fine.stride() == v.fine.stride() and k.pooled.stride() == v.pooled.stride()
 
 
@@ -199,7 +200,7 @@ def test_kernels_take_the_tokens_of_backbones_as_they_lie_in_memory(kind, attent
         add_linear_branch(whole)
         model = whole.aggregator
     x = torch.randn(3, 32, 128)
-    outputs = []
+    outputs, sight = [], Sight.causal(3) if kind == "streamvggt" else None
     for on_kernels in (False, True):
         asked = Mock(return_value=on_kernels)
         for module in (coarse, selected, strategies, merging, linear_attention, qkv):
@@ -207,6 +208,6 @@ def test_kernels_take_the_tokens_of_backbones_as_they_lie_in_memory(kind, attent
         if kind == "speed3r-pi3":
             outputs.append(torch.cat(model.decode(x, 3, (4, 8), attention, 3, 2), -1))
         else:
-            outputs.append(model(x, 3, (4, 8), (0,), attention, 3, causal=kind == "streamvggt")[0])
+            outputs.append(model(x, 3, (4, 8), (0,), attention, 3, sight=sight)[0])
         assert asked.called
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)

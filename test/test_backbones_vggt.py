@@ -5,8 +5,11 @@ import pytest
 import torch
 from goldens import Golden, images, published, tiny
 
+from speed3r_ros.model.attention import Speed3R
+from speed3r_ros.model.backbones.incremental import Incremental
 from speed3r_ros.model.backbones.tracker import TrackerConfig
 from speed3r_ros.model.backbones.vggt import Vggt, VggtConfig
+from speed3r_ros.model.memory import Sight
 
 TINY = VggtConfig(
     channels=128, heads=2, encoder_blocks=2, table=5, pairs=4, camera_blocks=2, camera_heads=4,
@@ -67,6 +70,19 @@ def test_streamvggt_matches_the_official_causal_form():
 
 
 @torch.inference_mode()
+def test_streamvggt_matches_the_official_frame_by_frame_form():
+    """Its poses differ from the causal form's: the passes of the camera head see one another."""
+    model, golden = golden_model(causal=True), Golden("streamvggt_tiny")
+    memory = Incremental(model, VIEWS[1:]).new_memory(2, 1, 1, "dense")
+    steps = []
+    for image in images(*VIEWS)[0]:
+        memory.admit()
+        steps.append(model(image[None, None], sight=Sight.into(memory)).raw)
+    for name in ("pose_enc", "depth", "depth_conf", "world_points", "world_points_conf"):
+        golden.check(f"stream/{name}", torch.cat([raw[name] for raw in steps], 1))
+
+
+@torch.inference_mode()
 def test_points_project_to_their_pixels_in_the_frame_of_the_camera():
     out = golden_model()(images(*VIEWS), point_head=False)
     projected = torch.einsum("bnij,bnhwj->bnhwi", out.K, out.points)
@@ -84,6 +100,21 @@ def test_selecting_all_blocks_equals_dense_attention():
     torch.testing.assert_close(sparse.depth, dense.depth, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sparse.T_world_cam, dense.T_world_cam, rtol=1e-4, atol=1e-4)
     assert (model(x, attention="speed3r", top_k=1).depth - dense.depth).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_speed3r_always_shows_the_first_view_and_every_100th(monkeypatch):
+    """As published; what that means is tested with the strategy."""
+    calls, attend = [], Speed3R.__call__
+
+    def recorded(self, q, k, v, fine, coarse, specials, top_k, layer):
+        calls.append((layer.always.tolist(), specials))
+        return attend(self, q, k, v, fine, coarse, specials, top_k, layer)
+
+    monkeypatch.setattr(Speed3R, "__call__", recorded)
+    aggregator = golden_model(False).aggregator
+    aggregator(torch.randn(101, 16, 128), 101, (4, 4), (3,), "speed3r", 1)
+    assert calls == [([0, 100], 5)] * 4
 
 
 @torch.inference_mode()

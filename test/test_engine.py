@@ -6,6 +6,7 @@ import torch
 
 from speed3r_ros.model.config import EngineConfig, check
 from speed3r_ros.model.engine import Engine, solve_intrinsics
+from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Network, NetworkConfig, Prediction
 from speed3r_ros.model.types import Frame, Tracking, resize_intrinsics
 
@@ -26,14 +27,17 @@ class OracleNetwork(torch.nn.Module):
 
     def __init__(self, poses: np.ndarray, depth: float, rng) -> None:
         super().__init__()
-        self.config, self.poses, self.depth, self.rng = SIZE, poses, depth, rng
+        self.input_size, self.poses, self.depth, self.rng = (SIZE.height, SIZE.width), poses, depth, rng
         self.frame = -1
         self.gauges = {}
 
     def precision(self, dtype):
         return self
 
-    def step(self, image, memory, rays, attention, top_k, known=None):
+    def new_memory(self, window, anchors, bank, attention):
+        return Memory(1, 1, 1, 0, 1, window, anchors, bank)
+
+    def step(self, image, memory, rays, attention, top_k, known):
         self.frame = round(float(image[0, 0, 0]) * 255)
         if bool(memory.first):
             self.gauges[id(memory)] = random_rotation(self.rng), self.rng.standard_normal(3), self.rng.uniform(0.2, 5)
@@ -49,7 +53,6 @@ class OracleNetwork(torch.nn.Module):
             as_batch(R @ pose[:3, :3]),
             as_batch((R @ pose[:3, 3]) / unit + t),
             as_batch([-3.0, -4.0]),
-            None,
         )
 
 

@@ -166,7 +166,7 @@ def test_models_without_the_branch_say_so():
     with pytest.raises(ValueError, match="no blocks across views"):
         add_linear_branch(BACKBONES["da3-mono"]())
     with pytest.raises(ValueError, match="engine.attention = 'lite3r': the weights 'compact' have no linear branch"):
-        Engine(EngineConfig(device="cpu", attention="lite3r"), network)
+        Engine(EngineConfig(device="cpu", attention="lite3r"))
     with pytest.raises(ValueError, match="'sage': choose one of blocks, tokens, dense"):
         Lite3R("sage")
     with pytest.raises(ValueError, match=r"keep 1.3: must be in \(0, 1\]"):

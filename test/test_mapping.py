@@ -20,7 +20,6 @@ from speed3r_ros.mapping.trajectory import (
     decimal_stamp,
     parse_stamp,
     read_tum,
-    relative_errors,
 )
 
 
@@ -274,40 +273,6 @@ def test_ate_counts_only_matched_poses_and_says_how_many(rng):
     assert result.matched == 25 and result.coverage == 0.5 and result.rmse < 1e-9
     with pytest.raises(ValueError, match="0 of 50 true poses match"):
         absolute_trajectory_error(estimate, truth, tolerance_ns=500_000)
-
-
-def test_errors_agree_with_evo(rng):
-    evo_trajectory = pytest.importorskip("evo.core.trajectory", reason="waits for `pip install evo`")
-    metrics = pytest.importorskip("evo.core.metrics")
-
-    def to_evo(trajectory):
-        return evo_trajectory.PoseTrajectory3D(poses_se3=list(trajectory.poses), timestamps=trajectory.stamps_ns / 1e9)
-
-    truth = walk(rng, 60)
-    noisy = Trajectory()
-    for stamp, T in zip(truth.stamps_ns, transformed(truth, 0.3, random_transforms(rng, 1)[0]).poses):
-        T[:3, 3] += rng.normal(size=3) * 0.02
-        T[:3, :3] = T[:3, :3] @ Rotation.from_rotvec(rng.normal(size=3) * 0.02).as_matrix()
-        noisy.append(stamp, T)
-    result = absolute_trajectory_error(noisy, truth)
-
-    reference, estimate = to_evo(truth), to_evo(noisy)
-    _, _, scale = estimate.align(reference, correct_scale=True)
-    ape = metrics.APE(metrics.PoseRelation.translation_part)
-    ape.process_data((reference, estimate))
-    assert result.scale == pytest.approx(scale, rel=1e-9)
-    assert result.rmse == pytest.approx(ape.get_statistic(metrics.StatisticsType.rmse), rel=1e-9)
-    assert result.median == pytest.approx(ape.get_statistic(metrics.StatisticsType.median), rel=1e-9)
-
-    for delta in (1, 5):
-        translation, rotation = relative_errors(noisy, truth, delta, scale=result.scale)
-        for mine, relation in (
-            (translation, metrics.PoseRelation.translation_part),
-            (rotation, metrics.PoseRelation.rotation_angle_rad),
-        ):
-            rpe = metrics.RPE(relation, delta=delta, delta_unit=metrics.Unit.frames, all_pairs=True)
-            rpe.process_data((reference, estimate))
-            np.testing.assert_allclose(mine, rpe.error, atol=1e-7)
 
 
 # the map of points

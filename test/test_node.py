@@ -530,20 +530,21 @@ def test_extrinsics_from_tf(rig):
     "parameter, says",
     [
         ("engine.window:=0", "engine.window = 0: must be in"),
-        ("engine.attention:=flash", "choose one of speed3r, dense"),
+        ("engine.attention:=flash", "choose one of auto, speed3r, dense"),
         ("engine.windw:=3", "did you mean 'engine.window'"),
         ("frames.base_to_camera:='1 2 3'", "expected `x y z qx qy qz qw`"),
         ("engine.weights:=nowhere", "no weights 'nowhere'"),
+        ("engine.model:=pi3", "run `speed3r weights fetch pi3`"),
     ],
 )
-def test_wrong_parameters_end_the_node_with_one_line(parameter, says):
+def test_wrong_parameters_end_the_node_with_one_line(parameter, says, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "speed3r_ros.recon_node", "--ros-args", "-p", parameter],
         cwd=ROOT,
         text=True,
         capture_output=True,
         timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
     )
     lines = [line for line in run.stderr.splitlines() if line.strip()]
     assert run.returncode == 1 and len(lines) == 1 and lines[0].startswith("recon_node: ") and says in lines[0], (

@@ -136,7 +136,7 @@ def test_depth_and_confidence_are_equal(folders, results, topic):
 def test_reports_show_the_same_accuracy_and_an_honest_latency(results):
     pages = [(folder / "report.html").read_text(encoding="utf-8") for folder in results]
     live, offline = ({k: float(v) for k, v in re.findall(r'<data id="(\w+)" value="([^"]+)"', page)} for page in pages)
-    for name in ("poses", "ate", "ate_metric", "scale", "coverage", "baseline_line", "baseline_still"):
+    for name in ("poses", "ate", "ate_metric", "scale", "coverage", "ate_line", "ate_still"):
         assert live[name] == pytest.approx(offline[name], rel=1e-4), name
     assert live["dropped"] == 0 and live["coverage"] == 1
     # over the network, a pose takes longer than its computation, and less than the patience of the player

@@ -19,7 +19,7 @@ FRAMES, SIZE = 16, (168, 224)
 @pytest.fixture(scope="module")
 def sequence():
     """Images (T, H, W, 3), poses, depth and K of a fresh orbit that starts at the origin."""
-    dataset = SceneDataset("cpu", int(torch.randint(2**31, ())), *SIZE, samples=1, textures_per_family=1, basic=True)
+    dataset = SceneDataset("cpu", int(torch.randint(2**31, ())), *SIZE, samples=1, textures_per_family=1)
     while True:  # until features can be tracked, the path moves, and the view is wide enough to tell turns from shifts
         batch = dataset.batch(1, FRAMES, "orbit")
         images = (batch["img"][0].permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)

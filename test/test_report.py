@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from speed3r_ros.mapping.metrics import sparsification
 from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.report import depth_colors, ground_axes, splat, write_report
 from speed3r_ros.results import Results, Strip, accuracy, dropped, rate, summary
@@ -91,6 +92,7 @@ def make_results(rng, count=50, **changes):
         live=True,
         lost={"black frame (mean 3 of 255): check <the cap>": 4},
         settings={"engine.window": 4},
+        confidence=sparsification(rng.uniform(size=500), rng.uniform(size=500)),
     )
     return Results(**{**values, **changes})
 
@@ -115,8 +117,8 @@ def test_the_numbers_on_the_page_are_the_known_ones(rng, tmp_path):
     assert numbers["dropped"] == 57 - 40 - 4
     assert numbers["map_points"] == 2000
     assert numbers["path"] == pytest.approx(np.linalg.norm(np.diff(positions, axis=0), axis=1).sum())
-    assert numbers["step"] == pytest.approx(0, abs=1e-9)
-    assert numbers["baseline_still"] == pytest.approx(np.sqrt(positions.var(axis=0).sum()))
+    assert numbers["rpe_frame"] == pytest.approx(0, abs=1e-9)
+    assert numbers["ate_still"] == pytest.approx(np.sqrt(positions.var(axis=0).sum()))
 
 
 def test_the_line_baseline_is_the_best_straight_line(rng):
@@ -124,11 +126,11 @@ def test_the_line_baseline_is_the_best_straight_line(rng):
     results = make_results(rng)
     positions, time = results.truth.poses[:40, :3, 3], np.arange(40.0)
     residual = positions - np.stack([np.polyval(np.polyfit(time, column, 1), time) for column in positions.T], 1)
-    assert accuracy(results).line == pytest.approx(np.sqrt((residual**2).sum(1).mean()), rel=1e-9)
+    assert accuracy(results).line.ate == pytest.approx(np.sqrt((residual**2).sum(1).mean()), rel=1e-9)
 
 
 def test_metric_error_sees_the_scale(rng):
-    score = accuracy(make_results(rng))
+    score = accuracy(make_results(rng)).estimate
     assert score.ate < 1e-9 < 0.01 < score.ate_metric
 
 
@@ -148,7 +150,7 @@ def test_the_page_is_valid_html(rng, tmp_path):
 
 def test_every_picture_decodes(rng, tmp_path):
     page = Page(page_of(make_results(rng), tmp_path))
-    assert page.tags.count("svg") == 3  # trajectory, error, timing
+    assert page.tags.count("svg") == 4  # trajectory, error, confidence, timing
     assert len(page.images) == 3 + 2 + 3 * 7  # map views, colour bars, strips
     for image in page.images:
         data = base64.b64decode(image["src"].split("base64,", 1)[1])
@@ -161,7 +163,7 @@ def test_every_picture_decodes(rng, tmp_path):
     [
         dict(truth=None),
         dict(trajectory=Trajectory(), wall_s=np.zeros(0), latency_s=np.zeros(0), strips=[], points=np.zeros((0, 3))),
-        dict(live=False, lost={}, settings={}),
+        dict(live=False, lost={}, settings={}, confidence=None),
         dict(trajectory=trajectory_of([1, 2, 3], np.zeros((3, 3)), [np.eye(3)] * 3)),
         dict(trajectory=trajectory_of([5_000_000_000], np.zeros((1, 3)), [np.eye(3)])),
     ],
@@ -187,7 +189,7 @@ def test_standing_still_is_scored_not_crashed(rng):
     results = make_results(rng)
     results.trajectory = trajectory_of(results.truth.stamps_ns, np.zeros((50, 3)), results.truth.poses[:, :3, :3])
     score = accuracy(results)
-    assert score.scale == 0 and score.ate == pytest.approx(score.still)
+    assert score.estimate.scale == 0 and score.estimate.ate == pytest.approx(score.still.ate)
 
 
 def test_rate_and_drops():

@@ -170,6 +170,30 @@ def test_demo_refuses_wrong_arguments(tmp_path):
         assert done.returncode == 1 and says in last_line(done)
 
 
+def test_demo_takes_a_model_and_says_at_once_that_its_weights_are_absent(tmp_path):
+    """With a copy of the script beside an empty set-up; a stand-in for python notes what would be started."""
+    scripts, tools, notes = tmp_path / "scripts", tmp_path / "tools", tmp_path / "notes"
+    scripts.mkdir()
+    tools.mkdir()
+    shutil.copy(ROOT / "scripts" / "demo.sh", scripts)
+    (scripts / "setup.sh").touch()
+    (tools / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *"weights path"*) exec {sys.executable} "$@" ;; esac\necho "$*" >> {notes}\nexit 1\n'
+    )
+    (tools / "python").chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    env = dict(PATH=path, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(tmp_path))
+    command = ["bash", scripts / "demo.sh", tools, "--out", tmp_path / "out"]
+    done = run(*command, "--model", "pi3", **env)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "demo: weights pi3 are not on this machine; run `speed3r weights fetch pi3`" in last_line(done)
+    assert not notes.exists()
+    run(*command, "--model=pi3", "--attention=dense", "-p", "engine.weights:=mine.safetensors", **env)
+    started = next(line for line in notes.read_text().splitlines() if "recon_node" in line)
+    for part in ("-p engine.model:=pi3", "-p engine.attention:=dense", "-p engine.weights:=mine.safetensors"):
+        assert part in started
+
+
 @pytest.fixture
 def demo(tmp_path):
     """The demo's command on a short clip, and a function that lists the processes which it has left."""

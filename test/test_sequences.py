@@ -10,7 +10,7 @@ import recordings
 import torch
 
 from speed3r_ros.model.types import resize_intrinsics
-from speed3r_ros.training.losses import losses, path_scale, relative_poses, sequence_scale
+from speed3r_ros.training.losses import losses, relative_poses, sequence_scale
 from speed3r_ros.training.sequences import SequenceDataset, open_recording
 
 COUNT, SIZE = 5, (56, 112)
@@ -115,7 +115,7 @@ def test_poses_without_depth(tmp_path, rng):
 
     recordings.write_listing(tmp_path, rng, COUNT, (96, 128), with_depth=False)
     batch = SequenceDataset([open_recording(tmp_path)], "cpu", 4, 1).batch(["x", "y"], 4, SIZE)
-    assert not batch["valid"].any()
+    assert not batch["valid"].any() and not batch["judged"].any()
     assert torch.allclose(torch.stack([torch.pdist(t).mean() for t in batch["t"]]), torch.tensor(0.5))
     depth = torch.rand(2, 4, *SIZE) + 0.5
     points = torch.cat([batch["ray"][:, None] * depth[..., None], depth[..., None]], -1).permute(0, 1, 4, 2, 3)
@@ -132,31 +132,38 @@ def test_poses_without_depth(tmp_path, rng):
 
 
 def test_unknown_depth_has_no_say(rng):
-    """Figures do not change with what stands where depth is unknown, and a full mask is no mask."""
+    """Figures and gradients do not depend on what stands where depth is unknown, and confidence is not taught there."""
     from speed3r_ros.model.network import Prediction
     from speed3r_ros.training.render import SceneDataset
 
     batch = SceneDataset("cpu", int(rng.integers(2**31)), *SIZE, samples=1, textures_per_family=1).batch(2, 3)
+    valid = torch.rand(2, 3, *SIZE) > 0.4
+    confidence = torch.randn(2, 3, *SIZE, requires_grad=True)
     out = Prediction(
-        torch.rand(2, 3, 3, *SIZE) + 0.5, torch.randn(2, 3, *SIZE), batch["R"], batch["t"] * 1.1,
+        torch.rand(2, 3, 3, *SIZE) + 0.5, confidence, batch["R"], batch["t"] * 1.1,
         torch.zeros(2, 3, 2), torch.randn(2, 3, 32, 8),
     )  # fmt: skip
-    plain = losses(out, batch, 1)[1]
-    full = losses(out, batch | dict(valid=torch.ones_like(batch["depth"], dtype=torch.bool)), 1)[1]
-    for name in plain:
-        torch.testing.assert_close(full[name], plain[name], rtol=1e-4, atol=1e-6, msg=name)
-    valid = torch.rand(2, 3, *SIZE) > 0.4
-    fillings = torch.tensor(1.0), torch.rand(2, 3, *SIZE) + 1
-    others = (batch | dict(valid=valid, depth=batch["depth"].where(valid, filling)) for filling in fillings)
-    a, b = (losses(out, other, 1)[1] for other in others)
-    assert all(torch.allclose(a[name], b[name], rtol=1e-5) for name in a)
-    z, z_true = torch.rand(2, 3, *SIZE) + 1, torch.rand(2, 3, *SIZE) + 1
+    found = []
+    for filling in (torch.tensor(1.0), torch.rand(2, 3, *SIZE) + 1, torch.tensor(torch.inf)):
+        filled = batch | dict(valid=valid, judged=valid, depth=batch["depth"].where(valid, filling))
+        total, figures = losses(out, filled, 1)
+        confidence.grad = None
+        total.backward()
+        assert torch.isfinite(confidence.grad).all() and torch.equal(confidence.grad != 0, valid)
+        found.append(figures)
+    assert all(torch.equal(figures[name], found[0][name]) for figures in found for name in found[0])
+
+
+def test_scale_is_the_median_ratio_or_that_of_the_paths():
+    z, z_true = torch.rand(3, 3, *SIZE) + 1, torch.rand(3, 3, *SIZE) + 1
+    valid = torch.rand(3, 3, *SIZE) > torch.tensor([0.4, 0.6, 1.0]).view(3, 1, 1, 1)
+    t = torch.randn(3, 3, 3, 3)
     stride = z[0].numel() // 4096 | 1
-    for got, x, y, m in zip(sequence_scale(z, z_true, valid), z, z_true, valid):
+    scale = sequence_scale(z, z_true, valid, t * 0.2, t)
+    for got, x, y, m in zip(scale[:2], z, z_true, valid):
         x, y, m = (value.flatten()[::stride] for value in (x, y, m))
         assert torch.equal(got, (y / x)[m].median())
-    t = torch.randn(2, 3, 3, 3)
-    torch.testing.assert_close(path_scale(t * 0.2, t), torch.tensor([5.0, 5.0]))
+    torch.testing.assert_close(scale[2], torch.tensor(5.0))
 
 
 def refused(path, says):

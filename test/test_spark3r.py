@@ -5,6 +5,7 @@ import torch
 from tiny_backbones import ACROSS_VIEWS, tiny_backbone
 
 from speed3r_ros.kernels.frames import Visible
+from speed3r_ros.kernels.merging import kept_tokens
 from speed3r_ros.model.attention import Layer, Tokens
 from speed3r_ros.model.network import Network, NetworkConfig
 from speed3r_ros.model.spark3r import Spark3R, key_stride, probe, query_ratio, sensitive_layers
@@ -175,6 +176,20 @@ def test_networks_whose_frames_see_only_earlier_ones_say_why_they_refuse():
     network, see = Network(NetworkConfig(56, 56, channels=64, stem=8, decoder=4)), torch.ones(1, 2, 2).bool()
     with pytest.raises(ValueError, match="'spark3r' works where all frames see all"):
         network(torch.rand(1, 2, 3, 56, 56), see, see, attention="spark3r")
+
+
+@torch.inference_mode()
+def test_the_kept_keys_are_counted_once_for_each_stride(monkeypatch):
+    """Counting makes the host wait for a GPU."""
+    counted, nonzero = [], torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x, **options: counted.append(x) or nonzero(x, **options))
+    kept_tokens.cache_clear()
+    model, x = tiny_backbone("vggt"), torch.rand(1, 101, 3, 28, 28)
+    for _ in range(2):
+        model(x, attention="spark3r")
+    assert len(counted) == len({3, 9})  # of sensitive layers, and of the others
+    model(x[:, :50], attention="spark3r")
+    assert len(counted) == 3
 
 
 def test_gradients_and_unknown_options_are_refused():

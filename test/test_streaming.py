@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speed3r_ros.model.lite3r import add_linear_branch
-from speed3r_ros.model.memory import Memory, Schedule, visibility
+from speed3r_ros.model.memory import Schedule, visibility
 from speed3r_ros.model.network import Network, NetworkConfig
 
 TINY = NetworkConfig(
@@ -24,21 +24,6 @@ def random_network(config: NetworkConfig = TINY) -> Network:
     return network
 
 
-def memory_of(network: Network, window: int, anchors: int, bank: int) -> Memory:
-    c = network.config
-    patches = c.grid[0] * c.grid[1]
-    return Memory(
-        c.alternating_blocks,
-        c.channels // c.head_width,
-        c.specials + patches,
-        patches // 16,
-        c.head_width,
-        window,
-        anchors,
-        bank,
-    )
-
-
 @pytest.mark.parametrize("attention", ["dense", "speed3r", "lite3r"])
 @pytest.mark.parametrize("known", [True, False])
 @torch.no_grad()
@@ -52,7 +37,7 @@ def test_parallel_equals_recurrent(attention, known):
     fine, coarse = visibility(keyframes, *limits)
     given = (rays, torch.ones(1, frames, dtype=torch.bool)) if known else ()
     parallel = network(images, fine[None], coarse[None], *given, attention=attention, top_k=3)
-    memory = memory_of(network, *limits)
+    memory = network.new_memory(*limits, attention)
     for t in range(frames):
         memory.admit()
         step = network.step(images[0, t], memory, rays[0, t] if known else None, attention, top_k=3)
@@ -70,7 +55,7 @@ def test_memory_matters_and_eviction_forgets():
     outputs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        memory = memory_of(network, 1, 1, 1)
+        memory = network.new_memory(1, 1, 1, "speed3r")
         for t in range(4):  # two different pasts; frame 0 stays as the anchor, frames 1 and 2 come and go
             memory.admit()
             image = (
@@ -84,7 +69,7 @@ def test_memory_matters_and_eviction_forgets():
     # frames that nothing resident has seen leave no trace: with window 1, frame 4 sees 3 which saw 2; a cleared memory does not
     memory.clear()
     memory.admit()
-    fresh = memory_of(network, 1, 1, 1)
+    fresh = network.new_memory(1, 1, 1, "speed3r")
     fresh.admit()
     image = torch.rand(3, TINY.height, TINY.width)
     torch.testing.assert_close(network.step(image, memory).points, network.step(image, fresh).points)
@@ -148,7 +133,7 @@ def test_flat_memory_over_ten_thousand_frames():
         height=56, width=56, channels=32, head_width=16, encoder_blocks=1, alternating_blocks=1, stem=4, decoder=2
     )
     network, memory = random_network(config), None
-    memory = memory_of(network, 2, 2, 4)
+    memory = network.new_memory(2, 2, 4, "speed3r")
     addresses = memory._fine.data_ptr(), memory._pooled.data_ptr(), memory._mask.data_ptr()
     size, census = memory.bytes, {}
     image = torch.rand(3, 56, 56)

@@ -39,8 +39,21 @@ def _blur(x, s):
     return x
 
 
-def augment(rgb: Tensor, B: int, N: int, r: Rng, strength: float = 1.0, motion_blur: bool = True) -> Tensor:
-    """linear radiance (B*N,3,H,W) -> display image in [0,1]; motion_blur: of single frames in a quarter of the sequences"""
+def augment(
+    rgb: Tensor,
+    B: int,
+    N: int,
+    r: Rng,
+    strength: float = 1.0,
+    motion_blur: bool = True,
+    gain: Tensor | None = None,
+    grain: Tensor | None = None,
+) -> Tensor:
+    """Linear radiance (B*N, 3, H, W) -> display image in [0, 1].
+
+    motion_blur: of single frames in a quarter of the sequences. gain: factor (B, N, 1, H, W) on the exposed radiance.
+    grain: more noise, standard deviation (B,).
+    """
     Fn, _, H, W = rgb.shape
     dev = rgb.device
     a = strength
@@ -49,6 +62,7 @@ def augment(rgb: Tensor, B: int, N: int, r: Rng, strength: float = 1.0, motion_b
     ex = ex * torch.exp(0.12 * a * r.n(B, N, 1, 1, 1) * r.b(0.5, B, 1, 1, 1, 1))  # per-frame exposure drift
     wb = torch.exp(0.08 * a * r.n(B, 1, 3, 1, 1) + 0.02 * a * r.n(B, N, 3, 1, 1))
     x = x * (ex * wb)
+    x = x if gain is None else x * gain
     x = x / (1 + 0.35 * x * r.b(0.5, B, 1, 1, 1, 1))  # soft shoulder on half
     x = x.clamp(1e-4, 1.0).pow(r.lu(B, 1, 1, 1, 1, lo=0.42, hi=0.95))  # display gamma
     yy = torch.linspace(-1, 1, H, device=dev).view(1, 1, 1, H, 1)
@@ -69,9 +83,9 @@ def augment(rgb: Tensor, B: int, N: int, r: Rng, strength: float = 1.0, motion_b
         sideways = r.b(0.5, B, N, 1, 1, 1).float()
         sigmas = [(s**2 + (smear * k).reshape(Fn, 1, 1, 1) ** 2).sqrt() for k in (sideways, 1 - sideways)]
     x = _blur(x, sigmas)
-    x = x + (r.lu(B, 1, 1, 1, 1, lo=0.002, hi=0.002 + 0.04 * a).expand(B, N, 1, 1, 1).reshape(Fn, 1, 1, 1)) * r.n(
-        Fn, 3, H, W
-    )
+    noise = r.lu(B, 1, 1, 1, 1, lo=0.002, hi=0.002 + 0.04 * a)
+    noise = noise if grain is None else noise + grain.view(B, 1, 1, 1, 1)
+    x = x + noise.expand(B, N, 1, 1, 1).reshape(Fn, 1, 1, 1) * r.n(Fn, 3, H, W)
     if H % 8 == 0 and W % 8 == 0:  # jpeg-like block DCT quantisation
         D, q = _dct(dev)
         bl = x.view(Fn, 3, H // 8, 8, W // 8, 8).permute(0, 1, 2, 4, 3, 5).reshape(Fn, -1, 64)

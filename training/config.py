@@ -28,6 +28,11 @@ class TrainingConfig:
     sizes: str = setting(
         "168x224", "height x width of the images, multiples of 56; several, as `168x224 336x448`, take equal shares"
     )
+    scenes: str = setting(
+        "world",
+        "what rendered scenes are drawn from: streets, corridors and rooms with all options, or plain rooms (docs/training.md)",
+        choices=("world", "rooms"),
+    )
     sequences: str = setting(
         "",
         "folders of recorded sequences to train on, separated by `:`; empty = rendered scenes (training/sequences.py)",
@@ -66,7 +71,7 @@ class TrainingConfig:
     )
     save_every: float = setting(100.0, "seconds between checkpoints", low=0.0)
     tensorboard: bool = setting(False, "write TensorBoard events too; needs the extra [train]")
-    held_out: int = setting(96, "rendered sequences per row of the evaluation at the end; 0 = none", low=0)
+    held_out: int = setting(96, "rendered sequences per row of the evaluation at the end, of either kind of scenes; 0 = none", low=0)
 
 
 def _default(name: str, default: Any) -> Any:

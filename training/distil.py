@@ -15,7 +15,7 @@ from speed3r_ros.model.backbones.pi3 import Pi3, Speed3RPi3
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.backbones.vggt import Vggt
 from speed3r_ros.model.network import Network, Prediction
-from speed3r_ros.training.losses import mean_where, relative_poses, sequence_scale
+from speed3r_ros.training.losses import mean_depth, mean_where, relative_poses, sequence_scale
 
 HUBER = 0.1  # of relative translations, in units of mean depth
 LARGEST = 10.0  # a term above is left out: the teacher failed on a sequence (released code)
@@ -53,9 +53,7 @@ def normals(points: Tensor) -> Tensor:
     return F.normalize(across, dim=-3, eps=1e-9)
 
 
-def distillation_loss(
-    student: Geometry, teacher: Geometry, valid: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def distillation_loss(student: Geometry, teacher: Geometry, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Speed3R's loss of a student against its teacher, whose answer is brought to mean depth 1; and figures to log.
 
     L1 of points over the teacher's depth, after one robust scale per sequence; 1 - cosine of normals; 0.1 times (100
@@ -63,24 +61,23 @@ def distillation_loss(
     bool, pixels that count. Ours: where both have them, confidence and log_sigma follow the teacher's (weight 0.05 and
     0.02), because they are read from features that change.
     """
-    z_true = teacher.points[:, :, 2]
-    unit = z_true.mean((1, 2, 3)).view(-1, 1, 1, 1, 1)
+    unit = mean_depth(teacher.points[:, :, 2], valid).view(-1, 1, 1, 1, 1)
     target, t_target = teacher.points / unit, teacher.t / unit[..., 0, 0]
     z_true = target[:, :, 2]
-    scale = sequence_scale(student.points[:, :, 2].detach(), z_true).clamp(1e-3, 1e3)
+    R, t = relative_poses(student.R, student.t)
+    R_true, t_true = relative_poses(teacher.R, t_target)
+    scale = sequence_scale(student.points[:, :, 2], z_true, valid, t, t_true).clamp(1e-3, 1e3)
     points = student.points * scale.view(-1, 1, 1, 1, 1)
     nearness = ((points - target).abs().sum(2) / z_true.clamp_min(1e-3)).clamp(max=LARGEST)
     point = mean_where(nearness, valid)
-    corner = None if valid is None else valid[..., :-1, :-1] & valid[..., 1:, :-1] & valid[..., :-1, 1:]
+    corner = valid[..., :-1, :-1] & valid[..., 1:, :-1] & valid[..., :-1, 1:]
     normal = mean_where(1 - (normals(points) * normals(target)).sum(2), corner)
 
-    R, t = relative_poses(student.R, student.t * scale.view(-1, 1, 1))
-    R_true, t_true = relative_poses(teacher.R, t_target)
     views = R.shape[1]
     off = ~torch.eye(views, dtype=torch.bool, device=R.device)
     chord = ((R - R_true).square().sum((-1, -2)) + 1e-10).sqrt() / 8**0.5
     angle = (2 * chord.clamp(max=1 - 1e-6).asin())[:, off].mean()
-    translation = F.huber_loss(t[:, off], t_true[:, off], delta=HUBER)
+    translation = F.huber_loss((scale.view(-1, 1, 1, 1) * t)[:, off], t_true[:, off], delta=HUBER)
     camera = 0.1 * (100 * translation + angle)
     total = point + normal + torch.where(camera < LARGEST, camera, 0 * camera)
     if student.confidence is not None and teacher.confidence is not None:

@@ -1,6 +1,7 @@
-"""Metrics of a model on short sequences with ground truth, with trivial baselines beside each number.
+"""Metrics of a network on many short rendered sequences at once, as training and `benchmarks/selection.py` need them.
 
-Baselines: the identity for rotation, a straight line at constant speed for the trajectory, the median depth for depth.
+The whole pipeline, on any sequence, is measured by `speed3r evaluate`. Baselines: the identity for rotation, a straight
+line at constant speed for the trajectory, the median depth for depth.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speed3r_ros.mapping.trajectory import align
+from speed3r_ros.mapping import metrics
+from speed3r_ros.mapping.trajectory import NANO, Trajectory
 from speed3r_ros.model.memory import visibility
 from speed3r_ros.model.network import Network
-from speed3r_ros.training.losses import relative_poses
-from speed3r_ros.training.render import SceneDataset
+from speed3r_ros.training.render import SPLITS, SceneDataset
 
+SHORTEST = 0.02  # path, in mean depths, below which a camera counts as standing
 Predict = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -37,25 +39,6 @@ def causal(
     return predict
 
 
-def rotation_angle(A: Tensor, B: Tensor) -> Tensor:
-    """Angle in degrees between rotations (..., 3, 3); accurate near zero, where the arc cosine is not."""
-    return torch.rad2deg(2 * torch.asin(((A - B).square().sum((-1, -2)).sqrt() / 8**0.5).clamp(max=1)))
-
-
-def relative_ate(t: Tensor, t_true: Tensor) -> float:
-    """RMSE of positions (T, 3) after Sim(3) alignment, divided by the path's length."""
-    x, y = t.double().numpy(), t_true.double().numpy()
-    scale, R, offset = align(x, y, with_scale=True)
-    error = scale * x @ R.T + offset - y
-    return float(np.sqrt((error**2).sum(1).mean()) / max(np.linalg.norm(np.diff(y, axis=0), axis=1).sum(), 1e-9))
-
-
-def area_under_curve(error: np.ndarray, threshold: float) -> float:
-    """Mean of 1 - error / threshold, clipped: the area under the accuracy curve up to the threshold."""
-    error = error[np.isfinite(error)]
-    return float(np.clip(1 - error / threshold, 0, None).mean()) if len(error) else float("nan")
-
-
 def focal_length(points: Tensor) -> float:
     """Focal length in pixels of predicted points (T, 3, H, W), by least squares on x/z over the columns."""
     width = points.shape[-1]
@@ -64,41 +47,44 @@ def focal_length(points: Tensor) -> float:
     return float((u * u).sum() / (u * (ray - ray.mean())).sum().clamp_min(1e-6))
 
 
-def pose_errors(R: Tensor, t: Tensor, R_true: Tensor, t_true: Tensor, shortest: float) -> dict[str, np.ndarray | float]:
-    """Errors over all pairs i < j of one sequence (T, ...), on the CPU.
-
-    Directions of translation count for true baselines above `shortest` only; ATE for paths longer than that.
-    """
-    count = len(R_true)
-    i, j = torch.triu_indices(count, count, 1)
-    A, a = (x[0][i, j] for x in relative_poses(R[None], t[None]))
-    B, b = (x[0][i, j] for x in relative_poses(R_true[None], t_true[None]))
-    cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp_min(1e-9)
-    direction = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))
-    direction[b.norm(dim=-1) <= shortest] = float("nan")
-    path = float((t_true[1:] - t_true[:-1]).norm(dim=-1).sum())
-    line = torch.arange(count)[:, None] * torch.tensor([[1.0, 0, 0]])
-    moved = count >= 3 and path > shortest
-    return dict(
-        rotation=rotation_angle(A, B).numpy(),
-        rotation_identity=rotation_angle(torch.eye(3).expand_as(B), B).numpy(),
-        direction=direction.numpy(),
-        ate=relative_ate(t, t_true) if moved else float("nan"),
-        ate_line=relative_ate(line, t_true) if moved else float("nan"),
-    )
+def poses_of(R: Tensor, t: Tensor) -> np.ndarray:
+    """Rotations (T, 3, 3) and translations (T, 3) -> (T, 4, 4) float64."""
+    T = np.tile(np.eye(4), (len(R), 1, 1))
+    T[:, :3, :3], T[:, :3, 3] = R.double().cpu().numpy(), t.double().cpu().numpy()
+    return T
 
 
-def depth_errors(z: Tensor, z_true: Tensor) -> dict[str, float]:
-    """Median relative error and share within 25 % of depth after one median scale; the same for constant depth."""
-    z, z_true = z.flatten()[::7], z_true.flatten()[::7]
-    z = z * (z_true / z).median()
-    ratio = torch.maximum(z / z_true, z_true / z)
-    constant = z_true.median()
-    return dict(
-        absrel=float(((z - z_true).abs() / z_true).median()),
-        within_25=float((ratio < 1.25).float().mean()),
-        absrel_constant=float(((constant - z_true).abs() / z_true).median()),
-    )
+def pose_errors(T: np.ndarray, T_true: np.ndarray) -> dict[str, np.ndarray | float]:
+    """Errors over all pairs of one sequence (T, 4, 4), and ATE / path. NaN where the camera hardly moves."""
+    i, j = metrics.pairs_within(len(T), len(T))
+    rotation, direction = metrics.pair_angles(T, T_true, i, j)
+    identity, _ = metrics.pair_angles(np.broadcast_to(np.eye(4), T.shape), T_true, i, j)
+    row: dict[str, np.ndarray | float] = dict(rotation=rotation, rotation_identity=identity, direction=direction)
+    path = float(np.linalg.norm(np.diff(T_true[:, :3, 3], axis=0), axis=1).sum())
+    if path <= SHORTEST:
+        return row | dict(direction=np.zeros(0))
+    if len(T) >= 3:
+        estimate, truth = (trajectory_of(x) for x in (T, T_true))
+        found = metrics.accuracy(estimate, truth)
+        row |= dict(ate=found.estimate.ate / path, ate_line=found.line.ate / path)
+    return row
+
+
+def trajectory_of(poses: np.ndarray) -> Trajectory:
+    """Poses (T, 4, 4) a tenth of a second apart."""
+    out = Trajectory()
+    for index, T in enumerate(poses):
+        out.append(index * NANO // 10, T)
+    return out
+
+
+def sparse_depth_errors(z: Tensor, z_true: Tensor, valid: Tensor) -> dict[str, float]:
+    """AbsRel and d1.25 of every seventh valid pixel of a sequence after one median scale, and of constant depth."""
+    depth, truth, valid = (x.flatten()[::7].cpu().numpy() for x in (z.double(), z_true.double(), valid))
+    depth, truth = depth[valid], truth[valid]
+    absrel, within = metrics.depth_errors(depth * np.median(truth / depth), truth)
+    constant, _ = metrics.depth_errors(np.full_like(truth, np.median(truth)), truth)
+    return dict(absrel=absrel, within_25=within, absrel_constant=constant)
 
 
 def summarise(rows: list[dict[str, np.ndarray | float]]) -> dict[str, float]:
@@ -118,8 +104,8 @@ def summarise(rows: list[dict[str, np.ndarray | float]]) -> dict[str, float]:
     summary = dict(
         rotation=median("rotation"),
         rotation_identity=median("rotation_identity"),
-        auc5=area_under_curve(rotation, 5),
-        auc5_identity=area_under_curve(identity, 5),
+        auc5=metrics.area_under_curve(rotation, 5),
+        auc5_identity=metrics.area_under_curve(identity, 5),
     )
     for key in ("direction", "ate", "ate_line", "absrel", "absrel_constant", "within_25", "focal"):
         if any(key in row for row in rows):
@@ -137,8 +123,8 @@ def score(
         batch = dataset.batch(min(max(1, 96 // views), count - len(rows)), views, motion)
         points, R, t = predict(batch["img"])
         for k in range(len(points)):
-            row = pose_errors(R[k].cpu(), t[k].cpu(), batch["R"][k].cpu(), batch["t"][k].cpu(), 0.02)
-            row |= depth_errors(points[k, :, 2], batch["depth"][k])
+            row = pose_errors(poses_of(R[k], t[k]), poses_of(batch["R"][k], batch["t"][k]))
+            row |= sparse_depth_errors(points[k, :, 2], batch["depth"][k], batch["valid"][k])
             row["focal"] = abs(focal_length(points[k]) / float(batch["K"][k, 0]) - 1)
             rows.append(row)
     return summarise(rows)
@@ -153,9 +139,14 @@ def evaluate_rendered(
     top_k: int = 32,
     seed: int = 0,
     motion: str | None = None,
-    basic: bool = True,
+    split: str = "rooms",
 ) -> dict[str, float]:
-    """`score` of the network on held-out scenes: other seed, textures and photographs than training."""
+    """`score` of the network on held-out scenes: other seed, textures and photographs than training.
+
+    split: "rooms", the first test distribution, or "world", that of training. Raises ValueError for another one.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     cuda = device.type == "cuda"
     dataset = SceneDataset(
         device,
@@ -165,6 +156,34 @@ def evaluate_rendered(
         held_out=True,
         textures_per_family=8 if cuda else 1,
         samples=4 if cuda else 1,
-        basic=basic,
+        world=SPLITS[split],
     )
     return score(causal(network, attention, top_k), dataset, count, views, motion)
+
+
+COLUMNS = {
+    "rotation, deg": ("rotation", "rotation_identity", "{:.2f}"),
+    "AUC@5": ("auc5", "auc5_identity", "{:.3f}"),
+    "direction, deg": ("direction", None, "{:.1f}"),
+    "ATE / path": ("ate", "ate_line", "{:.3f}"),
+    "AbsRel": ("absrel", "absrel_constant", "{:.3f}"),
+    "d1.25": ("within_25", None, "{:.3f}"),
+    "focal": ("focal", None, "{:.3f}"),
+}
+
+
+def table_row(name: str, row: dict[str, float]) -> str:
+    """One Markdown row of a summary; the trivial baseline in brackets."""
+
+    def cell(key: str, baseline: str | None, form: str) -> str:
+        if not np.isfinite(row.get(key, np.nan)):
+            return "–"
+        beside = f" ({form.format(row[baseline])})" if baseline and np.isfinite(row.get(baseline, np.nan)) else ""
+        return form.format(row[key]) + beside
+
+    return f"| {name} | " + " | ".join(cell(*column) for column in COLUMNS.values()) + " |"
+
+
+def header(first: str) -> str:
+    """Markdown table head."""
+    return f"| {first} | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * len(COLUMNS) + "|"

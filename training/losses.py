@@ -1,8 +1,10 @@
 """Losses of the compact model: geometry up to one scale per sequence, poses without a gauge.
 
 Targets are a batch of `training.render.SceneDataset`: depth (B, T, H, W), ray (B, H, W, 2), camera-to-world R
-(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence. Recorded sequences (`training.sequences`) have
-valid (B, T, H, W) bool too: where depth is known; without it, it is known everywhere. Shape suffixes as in `model.attention`.
+(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence. valid (B, T, H, W) is False where depth is not to be
+learnt: where it is unknown, on sky, whose depth is infinite, and on what moves. judged (B, T, H, W) is where the right
+confidence is known: where valid, and where none is deserved, on sky and on what moves. Rays are learnt everywhere. Shape
+suffixes as in `model.attention`.
 """
 
 from __future__ import annotations
@@ -43,23 +45,22 @@ def relative_poses(R: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return R_i @ R[:, None], (R_i @ (t[:, None] - t[:, :, None]).unsqueeze(-1)).squeeze(-1)
 
 
-def sequence_scale(z: Tensor, z_true: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Robust scale (B,) that brings predicted depth z (B, T, H, W) to the truth: the median ratio of a subsample.
-
-    NaN for a sequence of whose subsample nothing is valid.
-    """
-    stride = max(1, z[0].numel() // 4096) | 1
-    a, b = z.flatten(1)[:, ::stride], z_true.flatten(1)[:, ::stride]
-    ratio = b / a.clamp_min(1e-6)
-    if valid is None:
-        return ratio.median(1).values
-    return ratio.masked_fill(~valid.flatten(1)[:, ::stride], torch.nan).nanmedian(1).values
-
-
 def path_scale(t: Tensor, t_true: Tensor) -> Tensor:
     """Scale (B,) that brings relative translations t (B, T, T, 3) to the true ones: least squares of their lengths."""
     length, true = t.norm(dim=-1).flatten(1), t_true.norm(dim=-1).flatten(1)
     return (length * true).sum(1) / (length * length).sum(1).clamp_min(1e-12)
+
+
+def sequence_scale(z: Tensor, z_true: Tensor, valid: Tensor, t: Tensor, t_true: Tensor) -> Tensor:
+    """Robust scale (B,) that brings a prediction to the truth, without a gradient.
+
+    The median ratio of a subsample of valid depths z (B, T, H, W), or where none is valid, that of the lengths of relative
+    translations t (B, T, T, 3).
+    """
+    stride = max(1, z[0].numel() // 4096) | 1
+    a, b, known = (x.detach().flatten(1)[:, ::stride] for x in (z, z_true, valid))
+    scale = torch.where(known, b / a.clamp_min(1e-6), torch.nan).nanmedian(1).values
+    return torch.where(scale.isnan(), path_scale(t.detach(), t_true), scale)
 
 
 def share_of_batch(count: Tensor) -> Tensor:
@@ -71,17 +72,22 @@ def share_of_batch(count: Tensor) -> Tensor:
     return count.clamp_min(1)
 
 
-def median_relative(log_error: Tensor, valid: Tensor | None) -> Tensor:
-    """Median relative error of a subsample of depths where they are valid; 0 where none is."""
-    error = (log_error.flatten()[::97].exp() - 1).abs()
-    if valid is None:
-        return error.median()
-    return error.masked_fill(~valid.flatten()[::97], torch.nan).nanmedian().nan_to_num()
+def mean_where(x: Tensor, valid: Tensor) -> Tensor:
+    """Mean of x where it is valid (of the same shape) over the batches of all processes; 0 where nothing is."""
+    return torch.where(valid, x, 0.0).sum() / share_of_batch(valid.sum())
 
 
-def mean_where(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of x where it is valid, or of all of it; over the batches of all processes."""
-    return x.mean() if valid is None else (x * valid).sum() / share_of_batch(valid.sum())
+def where_counted(valid: Tensor, judged: Tensor) -> Tensor:
+    """Where a sequence's own geometry counts (B, T, H, W): where valid, or if nothing is, wherever depth is unknown."""
+    some = valid.flatten(1).any(1).view(-1, 1, 1, 1)
+    return torch.where(some, valid, ~judged)
+
+
+def mean_depth(z: Tensor, counted: Tensor) -> Tensor:
+    """Mean (B,) of depths z (B, T, H, W) where they count; 1 where none does."""
+    count = counted.sum((1, 2, 3))
+    mean = torch.where(counted, z, 0.0).sum((1, 2, 3)) / count.clamp_min(1)
+    return torch.where(count > 0, mean, 1.0)
 
 
 def soften(error: Tensor) -> Tensor:
@@ -106,10 +112,12 @@ def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> t
 
     Without pretrained features this is what makes matching emerge. Returns the loss and the share of right matches.
     """
-    depth, R, t = batch["depth"], batch["R"], batch["t"]
+    R, t, known = batch["R"], batch["t"], batch["valid"]
+    depth = torch.where(known, batch["depth"], 0.0)  # 0 is like no projected depth: never visible
     sequences, views, height, width = depth.shape
     columns, centre = width // patch, patch // 2
     z = depth[..., centre::patch, centre::patch].flatten(2)  # (B, T, P)
+    valid = known[..., centre::patch, centre::patch].flatten(2)
     ray = batch["ray"][:, centre::patch, centre::patch].flatten(1, 2)[:, None]
     camera = torch.cat([ray * z[..., None], z[..., None]], -1)
     world = (R[:, :, None] @ camera[..., None]).squeeze(-1) + t[:, :, None]
@@ -118,14 +126,8 @@ def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> t
     u, v, z_to = (x.unflatten(1, (views, -1)) for x in project(other.flatten(1, 2), batch["K"]))
     inside = (u > -0.5) & (u < width - 0.5) & (v > -0.5) & (v < height - 0.5) & (z_to > 0.01)
     column, row = u.round().clamp(0, width - 1).long(), v.round().clamp(0, height - 1).long()
-    at = row * width + column
-    seen = torch.gather(depth_to.flatten(2), 2, at)
-    visible = inside & ((seen - z_to).abs() < 0.04 * z_to)
-    if "valid" in batch:
-        valid = batch["valid"]
-        visible &= valid[..., centre::patch, centre::patch].flatten(2)
-        visible &= torch.gather(valid.roll(-shift, 1).flatten(2), 2, at)
-    visible = visible.float()
+    seen = torch.gather(depth_to.flatten(2), 2, row * width + column)
+    visible = (valid & inside & ((seen - z_to).abs() < 0.04 * z_to)).float()
     target = (row // patch) * columns + column // patch
     logits = descriptor @ descriptor.roll(-shift, 1).transpose(-1, -2)
     entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(visible)
@@ -139,40 +141,30 @@ def losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total loss and detached figures to log (rotation in degrees beside that of the identity)."""
     weights = weights or LossWeights()
-    z_true, ray_true = batch["depth"], batch["ray"].permute(0, 3, 1, 2)[:, None]
+    valid, ray_true = batch["valid"], batch["ray"].permute(0, 3, 1, 2)[:, None]
+    z_true = torch.where(valid, batch["depth"], 1.0)
     sequences, views = z_true.shape[:2]
     z = out.points[:, :, 2]
     ray = out.points[:, :, :2] / out.points[:, :, 2:]
     R, t = relative_poses(out.R, out.t)
     R_true, t_true = relative_poses(batch["R"], batch["t"])
-    valid = batch.get("valid")
-    scale = sequence_scale(z.detach(), z_true, valid)
-    if valid is not None:
-        scale = torch.where(scale.isnan(), path_scale(t.detach(), t_true), scale)
-    scale = scale.clamp(1e-2, 1e2)
+    scale = sequence_scale(z, z_true, valid, t, t_true).clamp(1e-2, 1e2)
 
     # depth and rays apart: a joint |s P - P*| with a detached s lets the global scale run away
     log_error = (z * scale.view(-1, 1, 1, 1)).log() - z_true.log()
     ray_error = (ray - ray_true).abs().sum(2)
     error = log_error.abs() + ray_error
-    if valid is None:
-        points = soften(error).mean()
-    else:  # intrinsics are known where depth is not
-        points = mean_where(soften(error), valid) + mean_where(soften(ray_error), ~valid)
+    points = mean_where(soften(error), valid) + mean_where(soften(ray_error), ~valid)  # rays are known everywhere
     gradient = z.new_zeros(())
     for step in (1, 4):
-        d = log_error[..., ::step, ::step]
-        known = None if valid is None else valid[..., ::step, ::step]
+        d, m = log_error[..., ::step, ::step], valid[..., ::step, ::step]
         for axis in (-1, -2):
-            both = (
-                None
-                if known is None
-                else known.narrow(axis, 1, d.shape[axis] - 1) & known.narrow(axis, 0, d.shape[axis] - 1)
-            )
+            both = m.narrow(axis, 1, m.shape[axis] - 1) & m.narrow(axis, 0, m.shape[axis] - 1)
             gradient = gradient + mean_where(d.diff(dim=axis).abs().clamp(max=0.5), both)
-    right = (error.detach() < CONFIDENT).float()
-    confidence = mean_where(F.binary_cross_entropy_with_logits(out.confidence, right, reduction="none"), valid)
-    unit = z[:, 0].mean((1, 2)).log().abs().mean()  # the first frame fixes the scale: mean depth 1
+    right = ((error.detach() < CONFIDENT) & valid).float()
+    confidence = mean_where(F.binary_cross_entropy_with_logits(out.confidence, right, reduction="none"), batch["judged"])
+    first = mean_depth(z[:, :1], where_counted(valid[:, :1], batch["judged"][:, :1]))
+    unit = first.log().abs().mean()  # the first frame fixes the scale: mean depth 1
 
     off = 1 - torch.eye(views, device=z.device)
     pairs = sequences * views * (views - 1)
@@ -211,6 +203,6 @@ def losses(
             matched=matched,
             gradient=gradient,
             sigma=sigma,
-            absrel=median_relative(log_error, valid),
+            absrel=torch.where(valid, log_error.exp() - 1, torch.nan).flatten()[::97].abs().nanmedian().nan_to_num(),
         )
     return total, {name: value.detach() for name, value in figures.items()}

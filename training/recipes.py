@@ -32,8 +32,8 @@ from speed3r_ros.training.distil import (
     geometry,
     speed3r_student,
 )
-from speed3r_ros.training.losses import Batch, losses
-from speed3r_ros.training.render import SceneDataset
+from speed3r_ros.training.losses import Batch, losses, where_counted
+from speed3r_ros.training.render import SPLITS, SceneDataset
 from speed3r_ros.training.sequences import SequenceDataset, open_recording
 
 VIEWS = (2, 4, 6, 8, 12, 16, 24)  # frames of a sequence; drawn per step with the odds below
@@ -105,15 +105,16 @@ def draw_sequences(seeds: list[str], views: int, bidirectional: bool) -> tuple[T
 class RenderedData:
     """Rendered scenes, so that a batch depends on the seed, the process and the step alone."""
 
-    def __init__(self, device: torch.device, seed: int, rank: int, size: tuple[int, int]) -> None:
+    def __init__(self, device: torch.device, config: TrainingConfig, rank: int) -> None:
         cuda = device.type == "cuda"
-        self.seed = f"{seed} {rank}"
+        self.seed = f"{config.seed} {rank}"
         self.scenes = SceneDataset(
             device,
-            1000 + 7919 * rank + seed,
-            *size,
+            1000 + 7919 * rank + config.seed,
+            *image_sizes(config)[0],
             textures_per_family=24 if cuda else 1,
             samples=4 if cuda else 1,
+            world=SPLITS[config.scenes],
             verbose=rank == 0,
         )
         self.refreshed = 0
@@ -125,6 +126,7 @@ class RenderedData:
             self._reseed(self.scenes.textures.r, f"textures {self.refreshed}")
             self.scenes.refresh()
         self._reseed(self.scenes.random, f"step {step}")
+        self.scenes.coin.seed(f"{self.seed} step {step}")
         self.scenes.height, self.scenes.width = size
         return self.scenes.batch(sequences, views)
 
@@ -195,7 +197,7 @@ class Recipe:
         """A function of step, sequences, views and size (H, W) that gives this process's batch."""
         if self.config.sequences:
             return RecordedData(self.device, self.config, rank).batch
-        return RenderedData(self.device, self.config.seed, rank, image_sizes(self.config)[0]).batch
+        return RenderedData(self.device, self.config, rank).batch
 
     def resize(self, size: tuple[int, int]) -> None:
         """Let the networks take images of this size (H, W)."""
@@ -235,10 +237,7 @@ class Distil(Recipe):
         with torch.no_grad():
             teacher = geometry(predict(self.teacher, batch, whole, "dense", self.config.top_k))
         student = geometry(predict(model, batch, draw, draw.stage.attention, self.config.top_k))
-        valid = batch.get("valid")
-        if valid is not None:  # a sequence without depth has no mask
-            valid = valid | ~valid.flatten(1).any(1)[:, None, None, None]
-        return distillation_loss(student, teacher, valid)
+        return distillation_loss(student, teacher, where_counted(batch["valid"], batch["judged"]))
 
 
 class Lite3R(Recipe):
@@ -270,7 +269,7 @@ class Lite3R(Recipe):
         if isinstance(self.network, Network):
             task, figures = losses(out, batch, draw.shift)
         else:
-            task, figures = distillation_loss(geometry(out), geometry(truth))
+            task, figures = distillation_loss(geometry(out), geometry(truth), where_counted(batch["valid"], batch["judged"]))
         attention = attention_loss(own.outputs, exact.outputs)
         gamma = c.gamma_end + (c.gamma - c.gamma_end) * (1 + cos(pi * draw.progress)) / 2
         total = task + gamma * attention

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
 from speed3r_ros.kernels import raycast
 from speed3r_ros.training.augment import augment
-from speed3r_ros.training.scenes import BASIC_MOTIONS, MOTIONS, rays_of, sample_scene
+from speed3r_ros.training.motions import MOTIONS
+from speed3r_ros.training.scenes import rays_of, sample_scene
 from speed3r_ros.training.textures import Rng, TextureBank
+from speed3r_ros.training.world import WorldConfig, moving, sample_exposure, sample_world
+
+SPLITS = {"rooms": None, "world": WorldConfig()}  # held-out test distributions by name
 
 
 class SceneDataset:
     """Endless random sequences.
 
-    basic=True restricts it to the six basic motions, square pixels, ordinary speeds and sharp images, on which held-out results are
-    quoted. samples: shading samples per pixel. held_out draws from textures and photographs never trained on.
+    world: what they are drawn from: None for `rooms`, the first test distribution (furnished rooms, six motions, square pixels,
+    sharp images), on which older results are quoted. samples: shading samples per pixel; one knows no motion blur.
+    held_out draws from textures and photographs never trained on.
     """
 
     def __init__(
@@ -27,24 +34,31 @@ class SceneDataset:
         samples: int = 4,
         held_out: bool = False,
         textures_per_family: int = 24,
-        basic: bool = False,
+        world: WorldConfig | None = None,
         verbose: bool = False,
     ) -> None:
-        self.height, self.width, self.samples, self.basic = height, width, samples, basic
-        self.random = Rng(device, seed)
-        self.textures = TextureBank(device, seed + 7, textures_per_family, held_out)
+        self.height, self.width, self.samples, self.world = height, width, samples, world
+        self.random, self.coin = Rng(device, seed), random.Random(seed)
+        self.textures = TextureBank(device, seed + 7, textures_per_family, held_out, outdoor=world is not None)
         self.cast = raycast.raycast
         if self.random.d.type == "cuda":
             self._check_kernel(verbose)
 
+    def _sample(self, r: Rng, coin: random.Random, sequences: int, views: int, code: int | None) -> dict[str, Tensor]:
+        size = sequences, views, self.height, self.width
+        if self.world is None:
+            return sample_scene(r, *size, self.textures.n, code, basic=True)
+        return sample_world(r, coin, self.world, self.textures.families, *size, code)
+
     @torch.no_grad()
     def _check_kernel(self, verbose: bool) -> None:
         """Compare the kernel with its reference on a few frames; on a mismatch say so and use the reference."""
-        scene = sample_scene(Rng(self.random.d, 5), 4, 2, self.height, self.width, self.textures.n, basic=True)
+        scene = self._sample(Rng(self.random.d, 5), random.Random(5), 4, 2, None)
         arguments = scene, self.textures.data, self.height, self.width, self.samples
-        (rgb, depth), (rgb_ref, depth_ref) = raycast.raycast(*arguments), raycast.raycast_reference(*arguments)
-        wrong_depth = float(((depth - depth_ref).abs() > 1e-3 * depth_ref).float().mean())
-        wrong_colour = float(((rgb - rgb_ref).abs() > 0.03).float().mean())
+        found, right = raycast.raycast(*arguments), raycast.raycast_reference(*arguments)
+        same = torch.isclose(found.depth, right.depth, rtol=1e-3, atol=0)  # infinity is itself
+        wrong_depth = float((~same).float().mean())
+        wrong_colour = float(((found.rgb - right.rgb).abs() > 0.03).float().mean())
         good = wrong_depth < 2e-2 and wrong_colour < 6e-2
         if verbose or not good:
             print(
@@ -60,17 +74,30 @@ class SceneDataset:
         """B sequences of N views: `img` (B, N, 3, H, W) in [0, 1], `depth` (B, N, H, W) along z, `R` (B, N, 3, 3) and
         `t` (B, N, 3) camera-to-world, `K` (B, 5) = fx, fy, cx, cy, k1, `ray` (B, H, W, 2), `motion` (B,) index into MOTIONS.
 
-        Each sequence is scaled to mean depth 1.
+        Each sequence is scaled to mean depth 1. `valid` (B, N, H, W) is False where depth is not to be learnt: on sky,
+        whose depth is infinite (`sky`), and on what moves (`moving`). `judged` is True: the right confidence is known everywhere.
         """
         code = None if motion is None else MOTIONS.index(motion)
-        scene = sample_scene(self.random, sequences, views, self.height, self.width, self.textures.n, code, self.basic)
-        rgb, depth = self.cast(scene, self.textures.data, self.height, self.width, self.samples)
-        image = augment(rgb, sequences, views, self.random, motion_blur=not self.basic)
-        depth = depth.unflatten(0, (sequences, views))
-        scale = depth.mean((1, 2, 3)).view(-1, 1, 1)
+        scene = self._sample(self.random, self.coin, sequences, views, code)
+        seen = self.cast(scene, self.textures.data, self.height, self.width, self.samples)
+        if self.world is None:
+            image = augment(seen.rgb, sequences, views, self.random, motion_blur=False)
+        else:
+            gain, grain = sample_exposure(self.random, self.world, sequences, views, self.height, self.width)
+            image = augment(seen.rgb, sequences, views, self.random, motion_blur=False, gain=gain, grain=grain)
+        depth, index = (x.unflatten(0, (sequences, views)) for x in (seen.depth, seen.index))
+        sky = depth.isinf()
+        mobile = moving(index) if self.world else torch.zeros_like(sky)
+        valid = ~sky & ~mobile
+        total = torch.where(valid, depth, 0.0).sum((1, 2, 3))
+        scale = (total / valid.sum((1, 2, 3)).clamp_min(1)).clamp_min(1e-3).view(-1, 1, 1)
         return dict(
             img=image.unflatten(0, (sequences, views)),
             depth=depth / scale[..., None],
+            valid=valid,
+            judged=torch.ones_like(valid),
+            sky=sky,
+            moving=mobile,
             R=scene["R"],
             t=scene["t"] / scale,
             K=scene["K"],
@@ -83,4 +110,4 @@ class SceneDataset:
         self.textures.refresh()
 
 
-__all__ = ["BASIC_MOTIONS", "MOTIONS", "SceneDataset"]
+__all__ = ["MOTIONS", "SPLITS", "SceneDataset", "WorldConfig"]

@@ -52,7 +52,7 @@ def render(seed: int = SEED, every: int = 1) -> tuple[np.ndarray, Tensor, Tensor
     images = []
     for i in tqdm(range(len(R)), desc="rendering", unit="frame"):
         one = dict(scene, cam=scene["cam"][:, i : i + 1])
-        rgb, _ = raycast(one, textures.data, HEIGHT, WIDTH, 4)
+        rgb = raycast(one, textures.data, HEIGHT, WIDTH, 4).rgb
         images.append(rgb[0].permute(1, 2, 0).numpy())
     linear = np.stack(images)
     linear *= EXPOSURE / linear.mean()

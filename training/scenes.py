@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed3r_ros.kernels.raycast import NB, NS, P
+from speed3r_ros.kernels import raycast
 from speed3r_ros.training.textures import Rng, _color
 
 BASIC_MOTIONS = ("forward", "lateral", "orbit", "handheld", "rotation", "general")
 MOTIONS = (*BASIC_MOTIONS, "still", "stopgo", "wide", "spin")
 BASE_OF = (0, 1, 2, 3, 4, 5, 3, 5, 5, 4)  # the basic motion that each motion starts from
+NB, NS, NC = 24, 6, 6  # boxes, ellipsoids and cylinders of a furnished room
+P = 1 + NB + NS + NC
 ODDS = (12, 12, 12, 12, 10, 14, 4, 6, 6, 12)  # how often each motion is drawn
 
 
@@ -35,16 +37,16 @@ def eul(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
 
 
 def sample_cameras(
-    r: Rng, B: int, N: int, H: int, W: int, motion: int | None = None, basic: bool = False
+    r: Rng, B: int, N: int, H: int, W: int, motion: int | Tensor | None = None, basic: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Smooth random camera-to-world paths: R (B, N, 3, 3), t (B, N, 3), K (B, 5) = fx, fy, cx, cy, k1, motion (B,).
 
-    motion: index into MOTIONS, or None for a random one each; basic: see `training.render.SceneDataset`.
+    motion: index into MOTIONS for all or (B,), or None for a random one each; basic: six motions, square pixels, usual speeds.
     """
     dev = r.d
     deg = math.pi / 180
     if motion is not None:
-        kind = torch.full((B,), motion, device=dev)
+        kind = torch.as_tensor(motion, device=dev).expand(B)
     elif basic:
         kind = r.i(len(BASIC_MOTIONS), B)
     else:
@@ -183,40 +185,10 @@ def rotation(vector: Tensor) -> Tensor:
     return torch.linalg.matrix_exp(skew)
 
 
-def sample_scene(
-    r: Rng,
-    B: int,
-    N: int,
-    H: int,
-    W: int,
-    n_tex: int,
-    motion: int | None = None,
-    basic: bool = False,
-    cameras: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """A furnished room and a camera path for each of B sequences: the tables of `kernels.raycast`, and R, t, K, motion.
-
-    cameras: R, t, K and motion as from `sample_cameras`, to furnish a room around a given path.
-    """
+def place_in_view(r: Rng, R: Tensor, t: Tensor, K: Tensor, lo: Tensor, hi: Tensor, n: int, H: int, W: int) -> Tensor:
+    """Points (B, n, 3) in the box lo..hi (B, 3): three quarters in view of a random frame, the others anywhere."""
     dev = r.d
-    R, t, K, mt = cameras or sample_cameras(r, B, N, H, W, motion, basic)
-    tmin, tmax = t.amin(1), t.amax(1)
-    big = 1 + r.b(0.3, B, 1).float() * r.lu(B, 1, lo=0.5, hi=5.0)
-    asym = r.lu(B, 6, lo=0.7, hi=5.0)
-    if not basic:  # corridors: close walls on one horizontal axis, a far end on the other
-        along, far = r.i(2, B, 1) * 2, r.lu(B, 6, lo=1.0, hi=6.0)
-        across = torch.arange(6, device=dev) % 3 == 2 - along
-        stretched = torch.where(torch.arange(6, device=dev) % 3 == along, asym * far, asym)
-        corridor = torch.where(across, 0.5 + 0.2 * asym, stretched)
-        asym = torch.where(r.b(0.2, B, 1), corridor, asym)
-    lo = tmin - 0.35 - asym[:, :3] * big
-    hi = tmax + 0.35 + asym[:, 3:] * big
-    hi[:, 1] = tmax[:, 1] + r.u(B, lo=0.4, hi=1.9) * big[:, 0].sqrt()  # floor (y down)
-    lo[:, 1] = tmin[:, 1] - r.u(B, lo=0.4, hi=2.3) * big[:, 0]  # ceiling
-    rc, rh = (lo + hi) / 2, (hi - lo) / 2
-    eye = torch.eye(3, device=dev)
-    # ---- placement helper: points in view of a random frame, or uniform in the room
-    n = P - 1
+    B, N = t.shape[:2]
     fi = r.i(N, B, n)
     Rf = torch.gather(R, 1, fi.view(B, n, 1, 1).expand(-1, -1, 3, 3))
     tf = torch.gather(t, 1, fi.view(B, n, 1).expand(-1, -1, 3))
@@ -234,7 +206,94 @@ def sample_scene(
     dist = tex_ * r.u(B, n, lo=0.18, hi=1.0)
     pv = tf + d * dist.unsqueeze(-1)
     pu = lo[:, None] + (hi - lo)[:, None] * r.u(B, n, 3)
-    c = torch.where(r.b(0.75, B, n, 1), pv, pu)
+    return torch.where(r.b(0.75, B, n, 1), pv, pu)
+
+
+def clearance(q: Tensor, c: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Least distance (B, n), along a box's axes, of a path t (B, 1 or n, N, 3) to boxes q (B, n, 3, 3), c, s (B, n, 3)."""
+    local = (q.transpose(-1, -2).unsqueeze(2) @ (t - c[:, :, None]).unsqueeze(-1)).squeeze(-1).abs()
+    return (local - s.unsqueeze(2)).amax(-1).amin(-1)
+
+
+def sample_materials(r: Rng, s: Tensor, n_tex: int) -> Tensor:
+    """Random rows of the ray caster's `mat` (B, n, 6, 16) for solids of half sizes s (B, n, 3); the first is the enclosure."""
+    dev = r.d
+    B, P = s.shape[:2]
+    share = r.b(0.7, B, P, 1)
+    share[:, 0] = r.b(0.25, B, 1)  # the room seldom shares one texture over all faces
+
+    def pf(x):  # per-face value, or face 0's on shared prims
+        sh = share.view(B, P, 1, *([1] * (x.dim() - 3)))
+        return torch.where(sh, x[:, :, :1], x)
+
+    tex = pf(r.i(n_tex, B, P, 6).float())
+    rep = pf(1 / r.lu(B, P, 6, lo=0.35, hi=5.0))  # texture repeats per metre
+    small = s.amax(-1, keepdim=True).clamp(max=2.5)
+    fit = r.b(0.5, B, P, 1)
+    fit[:, 0] = False
+    rep = torch.where(
+        fit, 0.5 / small * r.lu(B, P, 1, lo=0.5, hi=1.5), rep
+    )  # half the objects: texture spans the object
+    ang = pf(torch.where(r.b(0.7, B, P, 6), r.i(4, B, P, 6).float() * (math.pi / 2), r.u(B, P, 6, hi=2 * math.pi)))
+    con = pf(
+        torch.where(r.b(0.25, B, P, 6), r.lu(B, P, 6, lo=0.02, hi=0.3), r.u(B, P, 6, lo=0.3, hi=1.0))
+    )  # contrast; a quarter nearly plain
+    base = pf(_color(r, B, P, 6))
+    tint = pf(1 + 0.25 * r.n(B, P, 6, 3)).clamp(0.4, 1.4)
+    gain = con.unsqueeze(-1) * tint
+    bias = base * (1 - con.unsqueeze(-1))
+    spec = pf(r.b(0.25, B, P, 6).float() * r.u(B, P, 6, lo=0.05, hi=0.6))
+    return torch.cat(
+        [
+            tex.unsqueeze(-1),
+            rep.unsqueeze(-1),
+            r.u(B, P, 6, 2),
+            ang.cos().unsqueeze(-1),
+            ang.sin().unsqueeze(-1),
+            gain,
+            bias,
+            spec.unsqueeze(-1),
+            torch.zeros(B, P, 6, 3, device=dev),
+        ],
+        -1,
+    )
+
+
+def sample_scene(
+    r: Rng,
+    B: int,
+    N: int,
+    H: int,
+    W: int,
+    n_tex: int,
+    motion: int | None = None,
+    basic: bool = False,
+    corridors: float = 0.2,
+    cameras: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """A furnished room and a camera path for each of B sequences: the tables of `kernels.raycast`, and R, t, K, motion.
+
+    corridors: share of corridors (none if basic). cameras: R, t, K and motion as from `sample_cameras`, to furnish a room around a given path.
+    """
+    dev = r.d
+    R, t, K, mt = cameras or sample_cameras(r, B, N, H, W, motion, basic)
+    tmin, tmax = t.amin(1), t.amax(1)
+    big = 1 + r.b(0.3, B, 1).float() * r.lu(B, 1, lo=0.5, hi=5.0)
+    asym = r.lu(B, 6, lo=0.7, hi=5.0)
+    if not basic:  # corridors: close walls on one horizontal axis, a far end on the other
+        along, far = r.i(2, B, 1) * 2, r.lu(B, 6, lo=1.0, hi=6.0)
+        across = torch.arange(6, device=dev) % 3 == 2 - along
+        stretched = torch.where(torch.arange(6, device=dev) % 3 == along, asym * far, asym)
+        corridor = torch.where(across, 0.5 + 0.2 * asym, stretched)
+        asym = torch.where(r.b(corridors, B, 1), corridor, asym)
+    lo = tmin - 0.35 - asym[:, :3] * big
+    hi = tmax + 0.35 + asym[:, 3:] * big
+    hi[:, 1] = tmax[:, 1] + r.u(B, lo=0.4, hi=1.9) * big[:, 0].sqrt()  # floor (y down)
+    lo[:, 1] = tmin[:, 1] - r.u(B, lo=0.4, hi=2.3) * big[:, 0]  # ceiling
+    rc, rh = (lo + hi) / 2, (hi - lo) / 2
+    eye = torch.eye(3, device=dev)
+    n = P - 1
+    c = place_in_view(r, R, t, K, lo, hi, n, H, W)
     dcam = (c - t.mean(1, keepdim=True)).norm(dim=-1, keepdim=True)
     s = r.lu(B, n, 3, lo=0.4, hi=1.6) * r.lu(B, n, 1, lo=0.04, hi=0.24) * dcam.clamp_min(0.4)
     q = eul(r.u(B, n, hi=2 * math.pi), r.n(B, n) * 0.8, r.n(B, n) * 0.8)  # free orientation
@@ -290,8 +349,7 @@ def sample_scene(
     s = torch.minimum(s, rh[:, None] * 1.2).clamp_min(0.004)
     # density + camera clearance: switched-off prims go far away with zero-ish size
     keep = r.b(1.0, B, n) & (r.u(B, n) < r.u(B, 1, lo=0.25, hi=1.1))
-    loc = ((q.transpose(-1, -2).unsqueeze(2) @ (t[:, None] - c[:, :, None]).unsqueeze(-1)).squeeze(-1)).abs()  # B,n,N,3
-    clear = ((loc - s.unsqueeze(2)).amax(-1) > r.u(B, 1, 1, lo=0.12, hi=0.35)).all(-1)
+    clear = clearance(q, c, s, t[:, None]) > r.u(B, 1, lo=0.12, hi=0.35)
     ok = keep & clear
     tk = ok[:, 14:19].all(-1, keepdim=True)
     ok = torch.cat([ok[:, :14], tk.expand(-1, 5), ok[:, 19:]], 1)
@@ -301,47 +359,9 @@ def sample_scene(
     c = torch.cat([rc[:, None], c], 1)
     s = torch.cat([rh[:, None], s], 1)
     q = torch.cat([eye.expand(B, 1, 3, 3), q], 1)
-    A = q.transpose(-1, -2) / s.unsqueeze(-1)
-    prim = torch.cat([A.flatten(2), c, s, torch.zeros(B, P, 1, device=dev)], -1).contiguous()
+    prim = primitives(c, s, q)
     # ---- materials: one row per (prim, face)
-    share = r.b(0.7, B, P, 1)
-    share[:, 0] = r.b(0.25, B, 1)  # the room seldom shares one texture over all faces
-
-    def pf(x):  # per-face value, or face 0's on shared prims
-        sh = share.view(B, P, 1, *([1] * (x.dim() - 3)))
-        return torch.where(sh, x[:, :, :1], x)
-
-    tex = pf(r.i(n_tex, B, P, 6).float())
-    rep = pf(1 / r.lu(B, P, 6, lo=0.35, hi=5.0))  # texture repeats per metre
-    small = s.amax(-1, keepdim=True).clamp(max=2.5)
-    fit = r.b(0.5, B, P, 1)
-    fit[:, 0] = False
-    rep = torch.where(
-        fit, 0.5 / small * r.lu(B, P, 1, lo=0.5, hi=1.5), rep
-    )  # half the objects: texture spans the object
-    ang = pf(torch.where(r.b(0.7, B, P, 6), r.i(4, B, P, 6).float() * (math.pi / 2), r.u(B, P, 6, hi=2 * math.pi)))
-    con = pf(
-        torch.where(r.b(0.25, B, P, 6), r.lu(B, P, 6, lo=0.02, hi=0.3), r.u(B, P, 6, lo=0.3, hi=1.0))
-    )  # contrast; a quarter nearly plain
-    base = pf(_color(r, B, P, 6))
-    tint = pf(1 + 0.25 * r.n(B, P, 6, 3)).clamp(0.4, 1.4)
-    gain = con.unsqueeze(-1) * tint
-    bias = base * (1 - con.unsqueeze(-1))
-    spec = pf(r.b(0.25, B, P, 6).float() * r.u(B, P, 6, lo=0.05, hi=0.6))
-    mat = torch.cat(
-        [
-            tex.unsqueeze(-1),
-            rep.unsqueeze(-1),
-            r.u(B, P, 6, 2),
-            ang.cos().unsqueeze(-1),
-            ang.sin().unsqueeze(-1),
-            gain,
-            bias,
-            spec.unsqueeze(-1),
-            torch.zeros(B, P, 6, 3, device=dev),
-        ],
-        -1,
-    ).contiguous()
+    mat = sample_materials(r, s, n_tex)
     # ---- lights: two point lights (first casts shadows) + ambient
     lp = rc[:, None] + rh[:, None] * r.u(B, 2, 3, lo=-0.85, hi=0.85)
     lp[:, :, 1] = rc[:, None, 1] - rh[:, None, 1] * r.u(B, 2, lo=0.3, hi=0.95)
@@ -349,13 +369,27 @@ def sample_scene(
     li = r.lu(B, 2, 1, lo=0.3, hi=1.6)
     am = r.lu(B, 1, lo=0.2, hi=1.0) * (1 + 0.08 * r.n(B, 3))
     fall = 1 / (rh.norm(dim=-1, keepdim=True) * r.u(B, 1, lo=0.3, hi=2.0)) ** 2
-    light = torch.cat(
-        [lp[:, 0], (warm * li)[:, 0], lp[:, 1], (warm * li)[:, 1] * r.b(0.7, B, 1), am, fall], -1
-    ).contiguous()  # 16
-    cam = torch.cat(
-        [R.flatten(2), t, K.unsqueeze(1).expand(B, N, 5), torch.zeros(B, N, 3, device=dev)], -1
-    ).contiguous()  # 20
-    return dict(prim=prim, mat=mat, light=light, cam=cam, R=R, t=t, K=K, motion=mt)
+    light = torch.cat([lp[:, 0], (warm * li)[:, 0], lp[:, 1], (warm * li)[:, 1] * r.b(0.7, B, 1), am, fall], -1)
+    prim_all, mat_all = prim.new_zeros(B, 1, raycast.P, raycast.PS), mat.new_zeros(B, raycast.P, 6, raycast.MS)
+    starts = (0, 1 + NB), (raycast.ELLIPSOID, NS), (raycast.CONE, NC)  # where they stand among the ray caster's
+    for (start, count), a, b in zip(starts, prim.split((1 + NB, NS, NC), 1), mat.split((1 + NB, NS, NC), 1)):
+        prim_all[:, 0, start : start + count], mat_all[:, start : start + count] = a, b
+    light = F.pad(light, (0, raycast.LS - light.shape[-1]))
+    return dict(prim=prim_all, mat=mat_all, light=light, cam=camera_table(R, t, K), R=R, t=t, K=K, motion=mt)
+
+
+def primitives(c: Tensor, s: Tensor, q: Tensor, taper: Tensor | float = 0.0) -> Tensor:
+    """Rows of the ray caster's `prim` (..., 20) from centres (..., 3), half sizes (..., 3), rotations (..., 3, 3), taper (...)."""
+    A = q.transpose(-1, -2) / s.unsqueeze(-1)
+    taper = torch.as_tensor(taper, device=c.device, dtype=c.dtype).expand(c.shape[:-1])
+    extra = torch.stack([taper, s.norm(dim=-1)], -1)  # the bounding sphere of a box holds the other solids
+    return F.pad(torch.cat([A.flatten(-2), c, s, extra], -1), (0, raycast.PS - 17))
+
+
+def camera_table(R: Tensor, t: Tensor, K: Tensor) -> Tensor:
+    """The ray caster's `cam` (B, N, 32) of ideal cameras: R (B, N, 3, 3), t (B, N, 3), K (B, 5)."""
+    table = torch.cat([R.flatten(2), t, K.unsqueeze(1).expand(-1, t.shape[1], -1)], -1)
+    return F.pad(table, (0, raycast.CS - table.shape[-1]))
 
 
 def rays_of(K: Tensor, H: int, W: int) -> Tensor:

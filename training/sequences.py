@@ -315,13 +315,14 @@ class SequenceDataset:
             img=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255,
             depth=torch.where(valid, depth / unit, 1.0),
             valid=valid,
+            judged=valid,
             R=R,
             t=t / unit,
             K=torch.tensor([K_to[0, 0], K_to[1, 1], K_to[0, 2], K_to[1, 2], 0.0], dtype=torch.float32),
         )
 
     def batch(self, seeds: list[str], views: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        """A window per seed. As `SceneDataset.batch` (without `motion`), and `valid` (B, N, H, W) bool, known depth.
+        """A window per seed. As `SceneDataset.batch`, without `motion`, `sky` and `moving`; `valid` and `judged` are where depth is known.
 
         Elsewhere depth is 1. The unit is the mean of the known depth; without any, twice the mean distance of views.
         """

@@ -249,6 +249,54 @@ def make_textures(r: Rng, n: int, photos: Tensor | None) -> Tensor:
     return torch.cat([o.expand(n, 3, TEX, TEX) for o in out]).clamp(0, 1)
 
 
+def make_outdoor_textures(r: Rng, n: int) -> Tensor:
+    """(3 * n, 3, 256, 256) in [0, 1]: families 16 to 18, facades with windows, cobbles or slabs, foliage."""
+    x, y = _grid(r.d)
+
+    def cells(count: Tensor) -> tuple[Tensor, Tensor]:
+        return x * count[0] - (x * count[0]).floor(), y * count[1] - (y * count[1]).floor()
+
+    def inside(u: Tensor, v: Tensor, left: Tensor, top: Tensor, right: Tensor, bottom: Tensor) -> Tensor:
+        return (u > left) & (u < right) & (v > top) & (v < bottom)
+
+    def share(lo: float, hi: float) -> Tensor:
+        return r.u(n, 1, 1, 1, lo=lo, hi=hi)
+
+    def plain() -> Tensor:
+        return _color(r, n).view(n, 3, 1, 1)
+
+    count = r.i(4, 2, n, 1, 1, 1) + 2
+    u, v = cells(count)
+    left, top, right, bottom = share(0.15, 0.3), share(0.1, 0.3), share(0.7, 0.85), share(0.65, 0.9)
+    rim = share(0.02, 0.08)
+    wall = plain() + 0.25 * (_fbm(r, n, 3, 7) - 0.5)
+    frame = inside(u, v, left - rim, top - rim, right + rim, bottom + rim)
+    pane = inside(u, v, left, top, right, bottom) & ((u - 0.5).abs() > rim / 3)
+    lit = _noise(r, n, 8).round()  # some panes are bright
+    facade = torch.where(frame, plain(), wall)
+    facade = torch.where(pane, 0.3 * plain() + 0.4 * lit * share(0, 1), facade)
+
+    near, second, cell = _voronoi(r, n, 40)
+    stone = torch.gather(_color(r, n, 40).permute(0, 2, 1), 2, cell.long().flatten(2).expand(-1, 3, -1))
+    cobbles = 0.6 * plain() + 0.4 * stone.view(n, 3, TEX, TEX)
+    cobbles = cobbles * (0.4 + 0.6 * ((second - near) * 60).clamp(0, 1))
+    u, v = cells(r.i(6, 2, n, 1, 1, 1) + 2)
+    gap = share(0.01, 0.04)
+    slabs = (plain() + 0.3 * (_fbm(r, n, 4, 7) - 0.5)) * (
+        1 - 0.6 * (1 - inside(u, v, gap, gap, 1 - gap, 1 - gap).float())
+    )
+    paving = torch.where(r.b(0.5, n, 1, 1, 1), cobbles, slabs)
+
+    leaves, _, _ = _voronoi(r, n, 64)
+    green = torch.tensor([0.35, 0.6, 0.2], device=r.d).view(1, 3, 1, 1) * r.u(n, 3, 1, 1, lo=0.6, hi=1.3)
+    foliage = green * (0.25 + 4 * leaves) * (0.5 + _fbm(r, n, 3, 7))
+    return torch.cat([facade, paving, foliage]).clamp(0, 1)
+
+
+FAMILIES = 16  # of `make_textures`
+TILES, SMOOTH, FACADE, PAVING, FOLIAGE = (5, 7, 16), (0, 2, 11), (16,), (17, 10), (18,)
+
+
 def pack_mips(t: Tensor) -> Tensor:
     """Textures (M, 3, 256, 256) in [0, 1] -> packed mip chains (M, texels) int32, 0xBBGGRR."""
     lv = []
@@ -262,24 +310,40 @@ def pack_mips(t: Tensor) -> Tensor:
 
 
 class TextureBank:
-    """Packed textures of 16 families, of which `refresh` replaces a few at a time."""
+    """Packed textures (M, texels) and the family (M,) of each, of which `refresh` replaces a few at a time.
 
-    def __init__(self, device, seed, n_per=24, held_out=False):
+    outdoor: with the families of `make_outdoor_textures`.
+    """
+
+    def __init__(
+        self, device: torch.device | str, seed: int, n_per: int = 24, held_out: bool = False, outdoor: bool = False
+    ) -> None:
         self.r = Rng(device, seed)
         self.photos = load_photos(device, held_out)
+        self.outdoor = outdoor
         parts, left = [], n_per
         while left > 0:
             k = min(4, left)
-            parts.append(pack_mips(make_textures(self.r, k, self.photos)))
+            parts.append(self._make(k))
             left -= k
-        self.data = torch.cat(parts).contiguous()
+        self.data, self.families = (torch.cat(x) for x in zip(*parts))
         self.n = self.data.shape[0]
         self.pos = 0
 
-    def refresh(self):
-        new = pack_mips(make_textures(self.r, 2, self.photos))
+    def _make(self, k: int) -> tuple[Tensor, Tensor]:
+        """k new textures of each family."""
+        made, families = make_textures(self.r, k, self.photos), FAMILIES
+        if self.outdoor:
+            new = make_outdoor_textures(self.r, k)
+            made, families = torch.cat([made, new]), FAMILIES + len(new) // k
+        return pack_mips(made), torch.arange(families, device=self.r.d).repeat_interleave(k)
+
+    def refresh(self) -> None:
+        """Replace the next few textures by new ones."""
+        new, families = self._make(2)
         k = new.shape[0]
         if self.pos + k > self.n:
             self.pos = 0
         self.data[self.pos : self.pos + k] = new[: self.n - self.pos]
+        self.families[self.pos : self.pos + k] = families[: self.n - self.pos]
         self.pos += k

@@ -7,6 +7,7 @@ it had not been (bit for bit on a CPU, with a schedule in steps and the optimise
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from speed3r_ros.training.config import TrainingConfig, image_sizes, require_run
 from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import Batch
 from speed3r_ros.training.recipes import RECIPES, Draw, Stage, draw_sequences, lengths
+from speed3r_ros.training.render import SPLITS
 
 LOG_EVERY = 20.0  # seconds
 CLOCK_EVERY = 10  # steps after which processes agree on the time and on a wish to stop
@@ -328,7 +330,7 @@ class Trainer:
         network, rows = self.averaged(), {}
         if self.rank or not self.config.held_out or not isinstance(network, Network):
             return
-        for views in (2, 4, 8, 12, 24):
+        for split, views in itertools.product(SPLITS, (2, 4, 8, 12, 24)):
             row = evaluate_rendered(
                 network,
                 self.config.held_out,
@@ -337,9 +339,10 @@ class Trainer:
                 attention=self.stages[-1].attention,
                 top_k=self.config.top_k,
                 seed=100 + views,
+                split=split,
             )
-            rows[f"{views} views"] = row
-            self.say(f"held-out {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            rows[f"{split}, {views} views"] = row
+            self.say(f"held-out {split}, {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in row.items()))
         with written_whole(self.out / "held_out.json") as partial:
             partial.write_text(json.dumps(rows, indent=1))
 

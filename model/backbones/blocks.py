@@ -13,18 +13,22 @@ H heads, D head width, (h, w) patch grid, G = P / 16 blocks per frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed3r_ros.kernels.frames import Visible
-from speed3r_ros.kernels.qkv import BLOCK, normalise_and_rotate, prepare_tokens
+from speed3r_ros.kernels.qkv import BLOCK, Slot, normalise_and_rotate, prepare_tokens
 from speed3r_ros.kernels.residual import add
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
-from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum
+from speed3r_ros.model.backbones.results import Reconstruction
+from speed3r_ros.model.memory import Memory, Sight
+from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum, patch_product
 from speed3r_ros.model.quantised import Fp8Linear, fp8_units
 from speed3r_ros.model.strategies import strategy_for
 
@@ -90,6 +94,17 @@ def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, .
                 setattr(module.mlp, part, Fp8Linear(layer))
 
 
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Let the GPU round inputs of float32 matrix products to 11 bits, eight times as fast, as it does in convolutions anyway."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def patch_grid(height: int, width: int) -> tuple[int, int]:
     """Patches (h, w) of an image; ValueError if its sides are not multiples of 14 pixels."""
     if height % PATCH or width % PATCH:
@@ -102,8 +117,8 @@ def patch_grid(height: int, width: int) -> tuple[int, int]:
 
 def normalised(images: Tensor) -> Tensor:
     """Images (F, 3, H, W) in [0, 1], less ImageNet's mean and over its deviation."""
-    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
-    return (images - mean) / std
+    # by channel: a tensor of the constants would have to be copied to the GPU, which a CUDA graph cannot do
+    return torch.stack([(images[:, i] - m) / s for i, (m, s) in enumerate(zip(IMAGE_MEAN, IMAGE_STD))], 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ positions
@@ -235,15 +250,26 @@ class Attention(nn.Module):
             return None, None
         return tuple(torch.stack([norm.weight, norm.bias]) for norm in (self.q_norm, self.k_norm))
 
-    def prepare(self, qkv: Tensor, tables: Tables | None) -> tuple[Tensor, ...]:
-        """Raw qkv (F, X, 3, H, D), given up -> normalised, rotated q, k and plain v (F, H, X, D), strided views."""
-        if tables is None and self.qk_eps is None:
-            return qkv.permute(2, 0, 3, 1, 4).unbind()
-        return normalise_and_rotate(qkv, *self.norms(), *(tables or (None, None)), self.qk_eps or 0.0)
+    def prepare(self, qkv: Tensor, tables: Tables | None, slot: Slot | None = None) -> tuple[Tensor, ...]:
+        """Raw qkv (F, X, 3, H, D), given up -> normalised, rotated q, k and plain v (F, H, X, D), strided views.
 
-    def prepare_in_blocks(self, qkv: Tensor, tables: Tables, pooled: Tables, specials: int) -> tuple[Tensor, ...]:
+        With a slot, F is 1, and k and v are all that its buffers hold, of N frames, this one included.
+        """
+        if tables is None and self.qk_eps is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        else:
+            q, k, v = normalise_and_rotate(qkv, *self.norms(), *(tables or (None, None)), self.qk_eps or 0.0)
+        if slot is None:
+            return q, k, v
+        for held, new in zip(slot.fine, (k, v)):
+            held.index_copy_(1, slot.index, new.detach().transpose(0, 1))
+        return q, *slot.fine.transpose(1, 2)
+
+    def prepare_in_blocks(
+        self, qkv: Tensor, tables: Tables, pooled: Tables, specials: int, slot: Slot | None = None
+    ) -> tuple[Tensor, ...]:
         """The same and, for the means of each block, pooled q, k, v (F, H, G, D)."""
-        return prepare_tokens(qkv, *self.norms(), *tables, *pooled, specials, eps=self.qk_eps or 0.0)
+        return prepare_tokens(qkv, *self.norms(), *tables, *pooled, specials, slot, self.qk_eps or 0.0)
 
     def gates(self, h: Tensor) -> Tensor:
         """Normalised input (F, L, C) -> gates of the compressed and of the selected output (F, H, L, 2).
@@ -251,7 +277,7 @@ class Attention(nn.Module):
         A block without gates takes the selected output alone.
         """
         if not hasattr(self, "gate"):
-            open_one = torch.tensor([0.0, 1.0], device=h.device, dtype=compute_dtype(self.qkv))
+            open_one = torch.arange(2, device=h.device, dtype=compute_dtype(self.qkv))
             return open_one.expand(len(h), self.heads, h.shape[1], 2)
         gate = self.gate(h.to(compute_dtype(self.gate[0])))
         high = torch.promote_types(gate.dtype, torch.float32)
@@ -312,8 +338,10 @@ class AcrossViews:
     """Attention of a block across the views of each sequence, by a strategy.
 
     views: N. specials: S. attention: see `model.strategies`. top_k: blocks that a query block attends to. chunk: frames per
-    turn of everything but the attention. tables, pooled: rotary tables of the tokens and of the blocks. visible: which views
-    a view sees. unmasked: all of them. sensitive: layers that bear few keys badly (Spark3R).
+    turn of everything but the attention. tables, pooled: rotary tables of the tokens and of the blocks. fine, coarse: views
+    whose tokens and whose pooled tokens a view sees. unmasked: all of them. sensitive: layers that bear few keys badly
+    (Spark3R). memory: keys and values of the one new view go there, and those of all views come from there. always: see
+    `Layer`.
     """
 
     views: int
@@ -323,9 +351,12 @@ class AcrossViews:
     chunk: int
     tables: Tables
     pooled: Tables | None
-    visible: Visible
+    fine: Visible
+    coarse: Visible
     unmasked: bool
     sensitive: frozenset[int]
+    memory: Memory | None
+    always: Tensor | None
 
     @staticmethod
     def of(
@@ -338,42 +369,51 @@ class AcrossViews:
         chunk: int,
         sensitive: frozenset[int] = frozenset(),
         rounded: torch.dtype = torch.float32,
-        causal: bool = False,
+        sight: Sight | None = None,
+        always: Tensor | None = None,
     ) -> AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
-        width: of a head. rounded: see `rotary`. causal: a view sees itself and earlier ones, else all. ValueError if there
-        is no such strategy, or if it cannot do without later views.
+        width: of a head. rounded: see `rotary`. sight: None = all views see all. ValueError if there is no such strategy, or
+        if it cannot do without later views.
         """
-        strategy, pooled = strategy_for(attention, not causal), None
+        strategy, pooled = strategy_for(attention, sight is None), None
         if strategy.in_blocks:
             pooled = rotary(at[specials:].view(-1, BLOCK, 2).sum(1) // BLOCK, width, rounded)
-        table = torch.ones(1, views, views, dtype=torch.bool, device=at.device)
-        visible = Visible(table.tril() if causal else table)
-        tables = rotary(at, width, rounded)
-        return AcrossViews(views, specials, strategy, top_k, chunk, tables, pooled, visible, not causal, sensitive)
+        tables, unmasked, memory = rotary(at, width, rounded), sight is None, None
+        if sight is None:
+            fine = coarse = Visible(torch.ones(1, views, views, dtype=torch.bool, device=at.device))
+        else:  # lists of visible views are made anew for each call, so that a CUDA graph makes them too
+            fine, coarse, memory = Visible(sight.fine), Visible(sight.coarse), sight.memory
+        return AcrossViews(
+            views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, always
+        )
 
-    def sequences(self, x: Tensor) -> Tensor:
-        """(F, H, X, D) -> (B, H, N * X, D), a view."""
-        return x.unflatten(0, (-1, self.views)).transpose(1, 2).flatten(2, 3)
-
-    def before(self, block: Block, x: Tensor) -> tuple[Tokens, Tokens, Tokens]:
+    def before(self, block: Block, x: Tensor, number: int) -> tuple[Tokens, Tokens, Tokens]:
         """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
         h = block.norm_first(x)
         qkv = block.attn.project(h)
+        slot = None if self.memory is None else self.memory.slot(number)
+        batch = len(x) // self.views
+
+        def sequences(y: Tensor) -> Tensor:
+            """(B * views, H, X, D) -> (B, H, views * X, D), a view; views of the call or of the memory."""
+            return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
         if self.pooled is None:
-            q, k, v = map(self.sequences, block.attn.prepare(qkv, self.tables))
-            given = h.unflatten(0, (-1, self.views)).flatten(1, 2) if self.attention.reads_input else None
+            q, k, v = map(sequences, block.attn.prepare(qkv, self.tables, slot))
+            given = h.unflatten(0, (batch, -1)).flatten(1, 2) if self.attention.reads_input else None
             return Tokens(q, x=given), Tokens(k), Tokens(v)
-        tokens = block.attn.prepare_in_blocks(qkv, self.tables, self.pooled, self.specials)
-        q, k, v, q_pooled, k_pooled, v_pooled, gate = map(self.sequences, (*tokens, block.attn.gates(h)))
+        tokens = block.attn.prepare_in_blocks(qkv, self.tables, self.pooled, self.specials, slot)
+        q, k, v, q_pooled, k_pooled, v_pooled, gate = map(sequences, (*tokens, block.attn.gates(h)))
         return Tokens(q, q_pooled, gate), Tokens(k, k_pooled), Tokens(v, v_pooled)
 
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
         linear = getattr(block.attn, "proj_lin", None)
-        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear)
-        out = self.attention(*self.before(block, x), self.visible, self.visible, self.specials, self.top_k, layer)
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always)
+        tokens = self.before(block, x, number)
+        out = self.attention(*tokens, self.fine, self.coarse, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)
 
@@ -390,7 +430,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(F, inputs, H, W) -> (F, h * w, C), row-major."""
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return patch_product(self.proj, x.to(self.proj.weight.dtype))
 
 
 class DinoV2(nn.Module):
@@ -455,3 +495,40 @@ class DinoV2(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x[:, self.specials :])
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+class MultiView(nn.Module):
+    """A model of several views: what streaming it needs to know. `forward` takes its images and `sight`, among others.
+
+    attention: what it was trained with. specials: tokens per view before the patches.
+    """
+
+    attention: ClassVar[str] = "dense"
+    specials: int
+
+    @property
+    def across_views(self) -> list[Block]:
+        """Blocks across views, in the order in which they run."""
+        raise NotImplementedError
+
+    def working_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size at which images of the given size are computed. ValueError: see `patch_grid`."""
+        patch_grid(height, width)
+        return height, width
+
+    def state(self, slots: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what it keeps in a memory of so many slots beside keys and values of `across_views`."""
+        return {}
+
+    def step(
+        self, image: Tensor, memory: Memory, rays: Tensor | None, known: Tensor | None, attention: str, top_k: int
+    ) -> Reconstruction:
+        """One new frame (3, H, W) in [0, 1] against the memory, with B = N = 1 in the result.
+
+        rays: (2, H, W), x/z and y/z of each pixel, valid where known: (1,) bool is True; models that cannot be told pass
+        them over.
+        """
+        return self(image[None, None], attention=attention, top_k=top_k, sight=Sight.into(memory))

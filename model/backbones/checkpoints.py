@@ -134,6 +134,11 @@ def locate(name: Path | str) -> Path:
     return Path(record.path)
 
 
+def checkpoint_file(name: str, path: Path | str | None = None) -> Path:
+    """The file of a backbone's weights: the one that `path` is or holds, else the fetched one. ValueError with one line."""
+    return locate(name) if path is None else find_file(expanded(path), CHECKPOINTS[name].remedy)
+
+
 def find_file(path: Path, remedy: str) -> Path:
     """The checkpoint that `path` is, or the only one in the folder `path`. Raises ValueError with one line."""
     if path.is_file() and path.suffix not in SUFFIXES:

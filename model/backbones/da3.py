@@ -20,6 +20,7 @@ from speed3r_ros.model.backbones.blocks import (
     DinoV2,
     Layout,
     Mlp,
+    MultiView,
     by_frames,
     normalised,
     patch_grid,
@@ -36,6 +37,7 @@ from speed3r_ros.model.backbones.results import (
     rotation_from_quaternion,
     unproject,
 )
+from speed3r_ros.model.memory import Sight
 from speed3r_ros.model.spark3r import sensitive_layers
 
 SKY = 0.3  # of the sky output, from which a pixel counts as sky
@@ -111,12 +113,13 @@ class Encoder(DinoV2):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Images (F, 3, H, W) in [0, 1] -> taps, reference view (B,).
 
         A tap is (F, 1 + h * w, 2 C), the last output inside frames beside the current one, or (F, 1 + h * w, C) of a
         single-view model. camera: tokens (B, N, C) that stand for known poses; then there is no reference, as in
-        single-view models.
+        single-view models. sight: None = all views see all; else the reference is the first view.
         """
         start, taps = self.config.alternate_from, self.config.taps
         grid = patch_grid(*images.shape[2:])
@@ -129,13 +132,18 @@ class Encoder(DinoV2):
             tables = rotary(layout.at, width)
             # across views, all patches stand at the same place
             sensitive = sensitive_layers("da3", len(self.across_views))
-            across = AcrossViews.of(layout.at.clamp(max=1), 1, views, width, attention, top_k, chunk, sensitive)
+            at = layout.at.clamp(max=1)
+            across = AcrossViews.of(at, 1, views, width, attention, top_k, chunk, sensitive, sight=sight)
         outputs, inside = [], x
         for i, block in enumerate(self.blocks):
-            if start is not None and i == start - 1 and camera is None:
+            if start is not None and i == start - 1 and camera is None and sight is None:
                 chosen = reference_view(x[:, 0].unflatten(0, (-1, views)), reference)
             if i == start:
-                x[:, 0] = (self._camera_tokens(chosen, views) if camera is None else camera).flatten(0, 1)
+                if camera is None:
+                    number = torch.arange(views, device=x.device)
+                    is_reference = number == chosen[:, None] if sight is None else sight.first
+                    camera = self._camera_tokens(is_reference.expand(len(x) // views, -1))
+                x[:, 0] = camera.flatten(0, 1)
             if start is not None and i >= start and i % 2:
                 x = across(block, x, i // 2 - start // 2, chosen)
             else:
@@ -152,10 +160,9 @@ class Encoder(DinoV2):
         start = self.config.alternate_from
         return [block for i, block in enumerate(self.blocks) if i >= start and i % 2]
 
-    def _camera_tokens(self, chosen: Tensor, views: int) -> Tensor:
+    def _camera_tokens(self, is_reference: Tensor) -> Tensor:
         first, others = self.camera_token[0]
-        is_chosen = torch.arange(views, device=chosen.device) == chosen[:, None]
-        return torch.where(is_chosen[..., None], first, others)
+        return torch.where(is_reference[..., None], first, others)
 
     def features(self, taps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Taps -> what the dense head reads: patch tokens, of which the current output has passed the last norm."""
@@ -227,6 +234,7 @@ class AnyView(nn.Module):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> Reconstruction:
         """See `Da3.forward`."""
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
@@ -236,7 +244,7 @@ class AnyView(nn.Module):
             raise ValueError("known poses need known intrinsics, and these need poses: give both T_world_cam and K")
         grid, encoder = patch_grid(*size), self.backbone.pretrained
         camera = None if K is None else self.cam_enc(normalised_poses(T_world_cam), K, size)
-        taps, chosen = encoder(images.flatten(0, 1), views, camera, reference, attention, top_k, chunk)
+        taps, chosen = encoder(images.flatten(0, 1), views, camera, reference, attention, top_k, chunk, sight)
         maps, rays = (
             x.unflatten(0, (b, views)) for x in by_frames(lambda *x: self.head(encoder.features(x), grid), chunk, *taps)
         )
@@ -253,9 +261,10 @@ class AnyView(nn.Module):
         return Reconstruction(depth, unproject(depth, K), logit.sigmoid(), T, K, raw=raw)
 
 
-class Da3(nn.Module):
+class Da3(MultiView):
     """Depth Anything 3, any number of views."""
 
+    specials = 1
     UNUSED = ("model.gs_head.",)
 
     def __init__(self, config: Da3Config = SMALL) -> None:
@@ -282,6 +291,7 @@ class Da3(nn.Module):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry in the reference view's frame, of one scale per sequence.
 
@@ -289,10 +299,11 @@ class Da3(nn.Module):
         come back are the network's still: relative to view 0 then, in units of the median distance to it. K has its
         principal point at (W / 2, H / 2) with pixel centres at integers. reference: see `reference_view`. attention: see
         `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
-        selected blocks alone count. chunk: views that all but that attention take at a time. raw: ray (B, N, 8 h, 8 w, 6),
-        direction and origin in the world.
+        selected blocks alone count. chunk: views that all but that attention take at a time. sight: None = all views see
+        all; else the reference is the first view. raw: ray (B, N, 8 h, 8 w, 6), direction and origin in the world.
         """
-        return self.model(images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk)
+        options = dict(reference=reference, attention=attention, top_k=top_k, chunk=chunk, sight=sight)
+        return self.model(images, T_world_cam, K, **options)
 
 
 class Mono(nn.Module):
@@ -316,11 +327,17 @@ class Mono(nn.Module):
         return log_depth.exp(), sky.relu()
 
 
-def quantile(x: Tensor, q: float) -> Tensor:
-    """Linearly interpolated quantile of values (X,), of any number; torch's own takes 16 million at most."""
-    place = q * (len(x) - 1)
-    x, low = x.sort().values, int(place)
-    return torch.lerp(x[low], x[min(low + 1, len(x) - 1)], place - low)
+def quantile(x: Tensor, q: float, valid: Tensor) -> Tensor:
+    """Linearly interpolated quantile of the valid ones of finite values, both (...); infinite where there are none.
+
+    Of any number of values, where torch's own takes 16 million at most, and without waiting for the GPU to count them.
+    """
+    x = x.masked_fill(~valid, torch.inf).flatten().sort().values
+    last = (valid.sum() - 1).clamp(min=0)
+    place = q * last.double()
+    low = place.long()
+    values = x[torch.stack([low, (low + 1).minimum(last)])]
+    return torch.where(values[0].isinf(), values[0], torch.lerp(*values, (place - low).to(x.dtype)))
 
 
 def fill_sky(depth: Tensor, sky: Tensor, limit: float = float("inf")) -> Tensor:
@@ -328,9 +345,8 @@ def fill_sky(depth: Tensor, sky: Tensor, limit: float = float("inf")) -> Tensor:
 
     Unchanged if either has 10 pixels or fewer.
     """
-    if min(sky.sum(), (~sky).sum()) <= 10:
-        return depth
-    return torch.where(sky, quantile(depth[~sky], 0.99).clamp(max=limit), depth)
+    enough = torch.minimum(sky.sum(), (~sky).sum()) > 10
+    return torch.where(sky & enough, quantile(depth, 0.99, ~sky).clamp(max=limit), depth)
 
 
 class Da3Mono(nn.Module):
@@ -366,9 +382,10 @@ def focal(K: Tensor) -> Tensor:
     return ((K[..., 0, 0] + K[..., 1, 1]) / 2)[..., None, None]
 
 
-class Da3Nested(nn.Module):
+class Da3Nested(MultiView):
     """An any-view network whose scale comes from the metric single-view one."""
 
+    specials = 1
     UNUSED = ("model.da3.gs_head.",)
 
     def __init__(self, config: Da3Config = GIANT, mono: Da3Config = MONO) -> None:
@@ -380,6 +397,10 @@ class Da3Nested(nn.Module):
     def across_views(self) -> list[Block]:
         """Blocks across views."""
         return self.model.da3.backbone.pretrained.across_views
+
+    def state(self, slots: int) -> dict[str, tuple[int, ...]]:
+        """See `MultiView.state`."""
+        return {"metric": (1,)}
 
     def precision(self, dtype: torch.dtype | str) -> Da3Nested:
         """Run the products of both encoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
@@ -397,12 +418,20 @@ class Da3Nested(nn.Module):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
+        sight: Sight | None = None,
     ) -> Reconstruction:
-        """As `Da3.forward`, in metres; the sky has a far depth, 200 m at most, and no confidence."""
-        out = self.model.da3(images, T_world_cam, K, reference=reference, attention=attention, top_k=top_k, chunk=chunk)
+        """As `Da3.forward`, in metres; the sky has a far depth, 200 m at most, and no confidence.
+
+        With `sight`, the first view alone says how long a metre is.
+        """
+        options = dict(reference=reference, attention=attention, top_k=top_k, chunk=chunk, sight=sight)
+        out = self.model.da3(images, T_world_cam, K, **options)
         metres, sky = self.model.da3_metric(images, chunk)
         metres, sky = metres * focal(out.K) / 300, sky >= SKY
-        scale = torch.stack([self._scale(*x) for x in zip(out.depth, metres, out.raw["depth_conf"], sky)])
+        asked = [y if sight is None else y[:, :1] for y in (out.depth, metres, out.raw["depth_conf"], sky)]
+        scale = torch.stack([self._scale(*x) for x in zip(*asked)])
+        if sight is not None:
+            scale = sight.of_first("metric", scale)
         scaled = out.depth * scale[:, None, None, None]
         depth = torch.stack([fill_sky(d, s, 200.0) for d, s in zip(scaled, sky)])
         T = rigid(out.T_world_cam[..., :3, :3], out.T_world_cam[..., :3, 3] * scale[:, None, None])
@@ -415,8 +444,7 @@ class Da3Nested(nn.Module):
 
     @staticmethod
     def _scale(depth: Tensor, metres: Tensor, confidence: Tensor, sky: Tensor) -> Tensor:
-        """Metres per unit of one sequence by least squares over its confident pixels; 1 where all is sky. (N, H, W) each."""
-        if sky.all():
-            return depth.new_ones(())
-        good = (confidence >= quantile(confidence[~sky], 0.5)) & ~sky & (metres > 0.01) & (depth > 1e-3)
-        return (metres * depth)[good].sum() / depth[good].square().sum()
+        """Metres per unit of one sequence, by least squares over confident pixels; 1 without any. (N, H, W) each."""
+        good = (confidence >= quantile(confidence, 0.5, ~sky)) & ~sky & (metres > 0.01) & (depth > 1e-3)
+        scale = (metres * depth).where(good, 0).sum() / depth.square().where(good, 0).sum()
+        return scale.where(good.any(), 1)

@@ -24,6 +24,7 @@ from speed3r_ros.model.backbones.blocks import (
     DinoV2,
     Layout,
     Mlp,
+    MultiView,
     PatchEmbed,
     Tables,
     by_frames,
@@ -32,9 +33,11 @@ from speed3r_ros.model.backbones.blocks import (
     rotary,
     rotate,
     set_precision,
+    tf32_products,
 )
 from speed3r_ros.model.backbones.dpt import view_plane
-from speed3r_ros.model.backbones.results import Reconstruction, invert, rigid
+from speed3r_ros.model.backbones.results import Reconstruction, invert, nearest_rotation, rigid
+from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.network import compute_dtype
 from speed3r_ros.model.spark3r import sensitive_layers
 from speed3r_ros.model.strategies import strategy_for
@@ -159,24 +162,16 @@ class CameraHead(nn.Module):
         self.fc_t, self.fc_rot = nn.Linear(channels, 3), nn.Linear(channels, 9)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(F, h * w, C) -> (F, 12): translation, then a 3 x 3 matrix row by row (see `nearest_rotation`)."""
+        """(F, h * w, C) -> (F, 12): translation, then a 3 x 3 matrix row by row, whose rows are to be normalised."""
         for block in self.res_conv:
             x = block(x)
         x = self.more_mlps(x.mean(1))
         return torch.cat([self.fc_t(x), self.fc_rot(x)], 1)
 
 
-def nearest_rotation(m: Tensor) -> Tensor:
-    """The rotation nearest to (F, 3, 3) matrices whose rows are first scaled to unit length."""
-    u, _, vt = torch.linalg.svd(F.normalize(m, dim=-1))
-    det = torch.linalg.det(u @ vt)
-    return torch.cat([u[..., :2], u[..., 2:] * det[:, None, None]], -1) @ vt
-
-
-class Pi3(nn.Module):
+class Pi3(MultiView):
     """Pi3 by its published sizes. `forward` is the whole model; the other methods are its stages."""
 
-    attention = "dense"  # what it was trained with
     max_log_depth = float("inf")
 
     def __init__(self, config: Pi3Config = Pi3Config()) -> None:
@@ -202,7 +197,8 @@ class Pi3(nn.Module):
         self.point_head, self.conf_head = LinearHead(self.config.channels, 3), LinearHead(self.config.channels, 1)
 
     def precision(self, dtype: torch.dtype | str) -> Pi3:
-        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
+        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32,
+        the heads' products with TF32 beside 16 bits."""
         set_precision(self, dtype, ("point_head", "conf_head", "camera_head"))
         return self
 
@@ -220,11 +216,6 @@ class Pi3(nn.Module):
     def specials(self) -> int:
         """Register tokens per view."""
         return self.config.registers
-
-    def working_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size at which images of the given size are computed. ValueError: see `patch_grid`."""
-        patch_grid(height, width)
-        return height, width
 
     def encode(self, images: Tensor, chunk: int) -> Tensor:
         """Images (F, 3, H, W) in [0, 1] -> patch tokens (F, h * w, C), row-major."""
@@ -247,6 +238,7 @@ class Pi3(nn.Module):
         top_k: int,
         chunk: int,
         inject: Callable[[int, Tensor], None] | None = None,
+        sight: Sight | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Patch tokens (F, h * w, C) -> outputs of the last two blocks (F, L, C), row-major, registers first.
 
@@ -261,7 +253,7 @@ class Pi3(nn.Module):
         tables, sensitive = self._tables(layout.at), sensitive_layers("pi3", len(self.pairs))
         width = tables[0].shape[-1]
         across = AcrossViews.of(
-            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded, sight
         )
         for i, (frame, across_views) in enumerate(self.pairs):
             x = by_frames(lambda x, frame=frame: frame(x, tables), chunk, x, out=x)
@@ -277,7 +269,8 @@ class Pi3(nn.Module):
             decoder(x, tables)[:, self.specials :]
             for decoder in (self.point_decoder, self.conf_decoder, self.camera_decoder)
         )
-        return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
+        with tf32_products(self._rounded != torch.float32):  # what they read was rounded to fewer bits
+            return self.point_head(point, grid), self.conf_head(conf, grid), self.camera_head(camera)
 
     def assemble(
         self, decoded: tuple[Tensor, Tensor], views: int, grid: tuple[int, int], size: tuple[int, int], chunk: int
@@ -294,18 +287,25 @@ class Pi3(nn.Module):
             return torch.cat([point[:, :2] * z, z], 1).permute(0, 2, 3, 1).contiguous(), conf[:, 0], camera
 
         points, conf, camera = (y.unflatten(0, (-1, views)) for y in by_frames(maps, chunk, *decoded))
-        R = nearest_rotation(camera[..., 3:].flatten(0, 1).view(-1, 3, 3)).unflatten(0, (-1, views))
+        R = nearest_rotation(F.normalize(camera[..., 3:].unflatten(-1, (3, 3)), dim=-1))
         pose = rigid(R, camera[..., :3])
         raw = dict(conf=conf[..., None], camera_poses=pose, local_points=points)
         return Reconstruction(points[..., 2], points, conf.sigmoid(), pose, raw=raw)
 
     def forward(
-        self, images: Tensor, *, attention: str | Strategy | None = None, top_k: int = 32, chunk: int = 128
+        self,
+        images: Tensor,
+        *,
+        attention: str | Strategy | None = None,
+        top_k: int = 32,
+        chunk: int = 128,
+        sight: Sight | None = None,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, up to one scale per sequence.
 
         attention: strategy across views, by default the one that the model was trained with; top_k: see there. chunk:
-        views that encoder, heads and all else but that attention take at a time. ValueError on sides that do not fit.
+        views that encoder, heads and all else but that attention take at a time. sight: None = all views see all. ValueError
+        on sides that do not fit.
         """
         views, size = images.shape[1], images.shape[3:]
         images = images.flatten(0, 1)
@@ -313,7 +313,8 @@ class Pi3(nn.Module):
         if working != tuple(size):
             images = F.interpolate(images, working, mode="bilinear", antialias=True)
         grid = patch_grid(*working)
-        decoded = self.decode(self.encode(images, chunk), views, grid, attention or self.attention, top_k, chunk)
+        x, attention = self.encode(images, chunk), attention or self.attention
+        decoded = self.decode(x, views, grid, attention, top_k, chunk, sight=sight)
         return self.assemble(decoded, views, grid, size, chunk)
 
 
@@ -476,19 +477,22 @@ class Pi3X(Pi3):
         K: Tensor | None = None,
         T_world_cam: Tensor | None = None,
         *,
+        rays: Tensor | None = None,
         has_depth: Tensor | None = None,
         has_K: Tensor | None = None,
         has_pose: Tensor | None = None,
         attention: str | Strategy | None = None,
         top_k: int = 32,
         chunk: int = 32,
+        sight: Sight | None = None,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry at H x W, approximately in metres.
 
         depth: (B, N, H, W) along the optical axis, <= 0 or not finite where unknown; K: (B, N, 3, 3) in pixels, whose centres
-        are at half integers here; T_world_cam: (B, N, 4, 4) camera-to-world in the units of depth. has_*: (B, N) bool, which
-        views have them, by default all; as in the official code, all known depths count in a sequence's unit, also those of
-        views that are said to have none. The rest as in `Pi3.forward`.
+        are at half integers here; rays: (B, N, 2, H, W), x/z and y/z of each pixel, instead of K; T_world_cam: (B, N, 4, 4)
+        camera-to-world in the units of depth. has_*: (B, N) bool, which views have them, by default all; as in the official
+        code, all known depths count in a sequence's unit, also those of views that are said to have none. The rest as in
+        `Pi3.forward`. With `sight`, the first view alone says how long a metre is.
         """
         (b, views), size = images.shape[:2], images.shape[3:]
         grid = patch_grid(*size)
@@ -498,7 +502,7 @@ class Pi3X(Pi3):
             every = torch.full((b, views), value is not None, device=x.device)
             return every if has is None else has & every
 
-        has_depth, has_K, has_pose = given(depth, has_depth), given(K, has_K), given(T_world_cam, has_pose)
+        has_depth, has_pose = given(depth, has_depth), given(T_world_cam, has_pose)
         unit = None
         if depth is not None:
             valid = (depth > 0) & depth.isfinite()
@@ -508,16 +512,18 @@ class Pi3X(Pi3):
             pair = torch.stack([known / unit[:, None, None, None], valid.to(depth.dtype)], 2).flatten(0, 1)
             x = x + (by_frames(self.depth_encoder, chunk, pair) + self.depth_emb) * has_depth.flatten()[:, None, None]
         if K is not None:
+            has_K = given(K, has_K)
             K = K.where(has_K[..., None, None], torch.eye(3, dtype=K.dtype, device=K.device))  # no NaN of absent ones
             v, u = torch.meshgrid(*(torch.arange(n, device=x.device) + 0.5 for n in size), indexing="ij")
             fx, fy, cx, cy = (K[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-            rays = torch.stack([(u - cx) / fx, (v - cy) / fy], 2).flatten(0, 1)
-            x = x + self.ray_embed(rays) * has_K.flatten()[:, None, None]
+            rays = torch.stack([(u - cx) / fx, (v - cy) / fy], 2)
+        if rays is not None:
+            x = x + self.ray_embed(rays.flatten(0, 1)) * given(rays, has_K).flatten()[:, None, None]
 
         attention = attention or self.attention
         has_pose = has_pose & (has_pose.sum(1, keepdim=True) > 1)  # one pose alone says nothing
         inject = None
-        if has_pose.any():
+        if T_world_cam is not None and has_pose.any():
             if strategy_for(attention).in_blocks:
                 raise ValueError(
                     f"attention {attention!r}: with poses, Pi3X runs no attention in blocks: choose dense or spark3r"
@@ -531,9 +537,23 @@ class Pi3X(Pi3):
                         frames = sequence * views + posed.nonzero()[:, 0]
                         x[frames, self.specials :] += block.change(x[frames, self.specials :], poses[posed], grid)
 
-        decoded = self.decode(x, views, grid, attention, top_k, chunk, inject)
+        decoded = self.decode(x, views, grid, attention, top_k, chunk, inject, sight)
         out = self.assemble(decoded, views, grid, size, chunk)
-        return self._scaled(out, self._metric(decoded, views, grid, chunk))
+        if sight is None:
+            return self._scaled(out, self._metric(decoded, views, grid, chunk))
+        first = tuple(y.unflatten(0, (b, views))[:, 0] for y in decoded)
+        return self._scaled(out, sight.of_first("metric", self._metric(first, 1, grid, chunk)))
+
+    def state(self, slots: int) -> dict[str, tuple[int, ...]]:
+        """See `MultiView.state`."""
+        return {"metric": (1,)}
+
+    def step(
+        self, image: Tensor, memory: Memory, rays: Tensor | None, known: Tensor | None, attention: str, top_k: int
+    ) -> Reconstruction:
+        """See `MultiView.step`."""
+        given = {} if rays is None else {"rays": rays[None, None], "has_K": known[None]}
+        return self(image[None, None], **given, attention=attention, top_k=top_k, sight=Sight.into(memory))
 
     @staticmethod
     def _normalised(T_world_cam: Tensor, posed: Tensor, unit: Tensor | None, has_depth: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, expanded, find_file, locate, notice
+from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, checkpoint_file, find_file, notice
 from speed3r_ros.model.backbones.da3 import BASE, GIANT, LARGE, SMALL, Da3, Da3Mono, Da3Nested
 from speed3r_ros.model.backbones.pi3 import Pi3, Pi3X, Speed3RPi3
 from speed3r_ros.model.backbones.vggt import Vggt
@@ -35,10 +35,15 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build_backbone(name: str, device: torch.device | str = "cpu") -> nn.Module:
-    """The backbone in its published size with random weights, in evaluation mode. ValueError on an unknown name."""
+def require_known(name: str) -> None:
+    """Raise ValueError unless there is a backbone of that name."""
     if name not in BACKBONES:
         raise ValueError(f"backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+
+
+def build_backbone(name: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The backbone in its published size with random weights, in evaluation mode. ValueError on an unknown name."""
+    require_known(name)
     with torch.device(device):
         return BACKBONES[name]().eval()
 
@@ -50,8 +55,9 @@ def load_backbone(name: str, path: Path | str | None = None) -> nn.Module:
     ValueError with one line that names the file, the first differing key, both shapes and the remedy when the checkpoint is
     missing, truncated, incomplete or another model's. Logs a warning where the licence limits the use.
     """
+    require_known(name)
+    path = checkpoint_file(name, path)
     model = build_backbone(name, "meta")
-    path = locate(name) if path is None else expanded(path)
     if line := notice(name):
         logging.getLogger(__name__).warning(line)
     return load_into(model, path, CHECKPOINTS[name].remedy)
@@ -90,7 +96,9 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: Path, remedy: str) -> 
 
 def _read_pt(path: Path, device: str) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            mapped = file.read(2) == b"PK"  # PyTorch before 1.6 wrote no zip files, which alone can be mapped
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: truncated or not a checkpoint of tensors ({reason}); copy it again") from error

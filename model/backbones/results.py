@@ -29,14 +29,18 @@ class Reconstruction:
     raw: dict[str, Tensor] = field(default_factory=dict)
 
     def world_points(self) -> Tensor:
-        """`points` in the world's frame, (B, N, H, W, 3)."""
+        """`points` in the world's frame, (B, N, H, W, 3). ValueError where points or poses are None."""
+        missing = [name for name in ("points", "T_world_cam") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"no world_points without {' and '.join(missing)}: take a backbone for several views")
         R, t = self.T_world_cam[..., :3, :3], self.T_world_cam[..., :3, 3]
         return torch.einsum("bnij,bnhwj->bnhwi", R, self.points) + t[:, :, None, None]
 
 
 def rigid(R: Tensor, t: Tensor) -> Tensor:
     """Rotation (..., 3, 3) and translation (..., 3) -> transform (..., 4, 4)."""
-    last = torch.tensor([0.0, 0, 0, 1], dtype=t.dtype, device=t.device).expand(*t.shape[:-1], 1, 4)
+    last = torch.zeros(*t.shape[:-1], 1, 4, dtype=t.dtype, device=t.device)
+    last[..., 3] = 1
     return torch.cat([torch.cat([R, t[..., None]], -1), last], -2)
 
 
@@ -57,11 +61,13 @@ def rotation_from_quaternion(q: Tensor) -> Tensor:
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
-def quaternion_from_rotation(R: Tensor) -> Tensor:
-    """(..., 3, 3) -> (..., 4) of unit length in the order x, y, z, w, with w >= 0."""
+def quaternion_products(R: Tensor) -> Tensor:
+    """(..., 3, 3) -> (..., 4, 4): of a rotation, four times the outer product of its quaternion (x, y, z, w) with itself.
+
+    Of any other matrix, a symmetric one whose first eigenvector is the quaternion of the nearest rotation.
+    """
     (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
-    # Four times the outer product of the quaternion with itself; its longest row is the best conditioned.
-    outer = torch.stack(
+    return torch.stack(
         [
             1 + a - e - i, b + d, c + g, h - f,
             b + d, 1 - a + e - i, f + h, c - g,
@@ -70,8 +76,32 @@ def quaternion_from_rotation(R: Tensor) -> Tensor:
         ],
         -1,
     ).unflatten(-1, (4, 4))  # fmt: skip
-    best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*R.shape[:-2], 1, 4)
-    q = outer.gather(-2, best)[..., 0, :]
+
+
+def strongest_row(outer: Tensor) -> Tensor:
+    """The vector (..., 4), of any length and sign, of outer products with itself (..., 4, 4): their best conditioned row."""
+    best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*outer.shape[:-2], 1, 4)
+    return outer.gather(-2, best)[..., 0, :]
+
+
+def nearest_rotation(m: Tensor) -> Tensor:
+    """The rotations nearest to matrices (..., 3, 3), in the sense of squares.
+
+    Their quaternions are the first eigenvectors of symmetric 4 x 4 matrices (Bar-Itzhack, 2000), found here by repeated
+    squaring: a singular value decomposition waits for the GPU, which a CUDA graph cannot hold.
+    """
+    size = m.double().flatten(-2).norm(dim=-1)[..., None, None].clamp(min=1e-300)
+    products = quaternion_products(m.double() * (3**0.5 / size))
+    power = products + 3 * torch.eye(4, dtype=products.dtype, device=m.device)  # all eigenvalues above zero
+    for _ in range(32):
+        power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        power = power @ power
+    return rotation_from_quaternion(strongest_row(power)).to(m.dtype)
+
+
+def quaternion_from_rotation(R: Tensor) -> Tensor:
+    """(..., 3, 3) -> (..., 4) of unit length in the order x, y, z, w, with w >= 0."""
+    q = strongest_row(quaternion_products(R))
     return q / q.norm(dim=-1, keepdim=True) * torch.where(q[..., 3:] < 0, -1.0, 1.0)
 
 

@@ -19,6 +19,7 @@ from speed3r_ros.model.backbones.blocks import (
     DinoV2,
     Layout,
     Mlp,
+    MultiView,
     by_frames,
     normalised,
     patch_grid,
@@ -34,7 +35,11 @@ from speed3r_ros.model.backbones.results import (
     unproject,
 )
 from speed3r_ros.model.backbones.tracker import TrackerConfig, TrackHead
+from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.spark3r import sensitive_layers
+
+PASSES = 4  # of the camera head
+ALWAYS_EVERY = 100  # views, of which Speed3R shows the first, the reference, to all queries (section 3)
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ class Aggregator(nn.Module):
         """Images (F, 3, H, W) in [0, 1] -> patch tokens (F, h * w, C), row-major."""
         return by_frames(lambda x: self.patch_embed(normalised(x)), chunk, images)
 
-    def special_tokens(self, batch: int, views: int) -> Tensor:
-        """(F, S, C): the first view of a sequence has its own."""
+    def special_tokens(self, batch: int, is_first: Tensor) -> Tensor:
+        """(F, S, C) for views of which the first one of a sequence, is_first: (N,) bool, has its own."""
         first, others = torch.cat([self.camera_token, self.register_token], 2)[0]
-        return torch.cat([first[None], others.expand(views - 1, -1, -1)]).repeat(batch, 1, 1)
+        return torch.where(is_first[:, None, None], first, others).repeat(batch, 1, 1)
 
     def forward(
         self,
@@ -91,15 +96,17 @@ class Aggregator(nn.Module):
         attention: str | Strategy = "dense",
         top_k: int = 32,
         chunk: int = 8,
-        causal: bool = False,
+        sight: Sight | None = None,
     ) -> list[Tensor]:
         """Patch tokens (F, h * w, C) -> for each pair in `taps`, outputs of both blocks (F, L, 2 C), special tokens first."""
         layout = Layout(grid, self.specials, attention, x.device)
-        x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, views), x], 1))
+        is_first = torch.arange(views, device=x.device) == 0 if sight is None else sight.first
+        x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, is_first), x], 1))
         width = self.config.channels // self.config.heads
         sensitive = sensitive_layers("vggt", len(self.global_blocks))
+        always = torch.arange(0, views, ALWAYS_EVERY, device=x.device) if sight is None else None
         across = AcrossViews.of(
-            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, causal=causal
+            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, sight=sight, always=always
         )
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
@@ -114,10 +121,16 @@ class Aggregator(nn.Module):
 
 
 class CameraHead(nn.Module):
-    """Refines the views' cameras in four passes over the camera tokens of a sequence."""
+    """Refines the views' cameras in four passes over the camera tokens of a sequence.
 
-    def __init__(self, channels: int, heads: int, depth: int) -> None:
+    In a stream, keys and values of each pass are cached for the frames whose fine tokens are in the memory. all_passes:
+    whether a frame then also sees other frames' other passes, and its own earlier ones, as in StreamVGGT's released
+    frame-by-frame code; its parallel form, like VGGT, keeps the passes apart.
+    """
+
+    def __init__(self, channels: int, heads: int, depth: int, all_passes: bool) -> None:
         super().__init__()
+        self.all_passes = all_passes
         self.trunk = nn.ModuleList(Block(channels, heads, eps=1e-5) for _ in range(depth))
         self.token_norm, self.trunk_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, 9))
@@ -125,18 +138,42 @@ class CameraHead(nn.Module):
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 3 * channels))
         self.pose_branch = Mlp(channels, channels // 2, 9)
 
-    def forward(self, tokens: Tensor, causal: bool = False) -> list[Tensor]:
+    def cached(self, slots: int) -> tuple[int, ...]:
+        """Shape of the cache: keys and values, blocks, heads, slots, passes, D."""
+        attention = self.trunk[0].attn
+        width = attention.proj.out_features // attention.heads
+        return 2, len(self.trunk), attention.heads, slots, PASSES, width
+
+    def _block(self, number: int, turn: int, x: Tensor, sight: Sight | None) -> Tensor:
+        block, memory = self.trunk[number], None if sight is None else sight.memory
+        if memory is None:
+            return block(x, mask=None if sight is None else sight.fine)
+        q, *new = block.before(x, None)  # one frame, one token: (1, H, 1, D)
+        held = memory.state["camera"][:, number]
+        for cache, y in zip(held[:, :, :, turn], new):
+            cache.index_copy_(1, memory.index, y.detach()[0])
+        attended = F.scaled_dot_product_attention(q, *held.flatten(2, 3)[:, None], attn_mask=self._seen(turn, sight))
+        return block.after(x, attended)
+
+    def _seen(self, turn: int, sight: Sight) -> Tensor:
+        """(1, slots * passes) bool: the entries of the cache that a pass of the newest frame sees."""
+        entry = torch.arange(PASSES, device=sight.fine.device)
+        seen = entry == turn
+        if self.all_passes:
+            own = torch.arange(sight.fine.shape[2], device=entry.device)[:, None] == sight.memory.index
+            seen = ~own | (entry <= turn)
+        return (sight.fine[0, 0, :, None] & seen).flatten()[None]
+
+    def forward(self, tokens: Tensor, sight: Sight | None = None) -> list[Tensor]:
         """Camera tokens (B, N, C) -> encoding after each pass (B, N, 9): see `cameras`."""
         tokens = self.token_norm(tokens)
-        views = tokens.shape[1]
-        mask = torch.ones(views, views, dtype=torch.bool, device=tokens.device).tril() if causal else None
         encoding, passes = None, []
-        for _ in range(4):
+        for turn in range(PASSES):
             previous = self.empty_pose_tokens.expand(*tokens.shape[:2], -1) if encoding is None else encoding
             shift, scale, gate = self.poseLN_modulation(self.embed_pose(previous)).chunk(3, -1)
             x = tokens + gate * (F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-            for block in self.trunk:
-                x = block(x, mask=mask)
+            for number in range(len(self.trunk)):
+                x = self._block(number, turn, x, sight)
             change = self.pose_branch(self.trunk_norm(x))
             encoding = change if encoding is None else encoding + change
             passes.append(torch.cat([encoding[..., :7], encoding[..., 7:].relu()], -1))
@@ -152,8 +189,8 @@ def cameras(encoding: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return invert(rigid(rotation_from_quaternion(q), t)), intrinsics_from_fov(fov, size)
 
 
-class Vggt(nn.Module):
-    """VGGT; with `causal`, StreamVGGT's parallel form."""
+class Vggt(MultiView):
+    """VGGT; with `causal`, StreamVGGT, whose views see earlier ones only."""
 
     UNUSED = ("aggregator.patch_embed.mask_token",)
 
@@ -162,7 +199,7 @@ class Vggt(nn.Module):
         self.config, self.causal = config, causal
         c, width = config, 2 * config.channels
         self.aggregator = Aggregator(c)
-        self.camera_head = CameraHead(width, c.camera_heads, c.camera_blocks)
+        self.camera_head = CameraHead(width, c.camera_heads, c.camera_blocks, causal)
         self.point_head = DPT(width, c.features, c.levels, 4, relu_skip=True)
         self.depth_head = DPT(width, c.features, c.levels, 2, relu_skip=True)
         self.track_head = TrackHead(width, c.levels, c.tracker)
@@ -171,6 +208,22 @@ class Vggt(nn.Module):
     def across_views(self) -> list[Block]:
         """Blocks across views."""
         return list(self.aggregator.global_blocks)
+
+    @property
+    def specials(self) -> int:
+        """See `Aggregator.specials`."""
+        return self.aggregator.specials
+
+    def state(self, slots: int) -> dict[str, tuple[int, ...]]:
+        """See `MultiView.state`."""
+        return {"camera": self.camera_head.cached(slots)}
+
+    def step(
+        self, image: Tensor, memory: Memory, rays: Tensor | None, known: Tensor | None, attention: str, top_k: int
+    ) -> Reconstruction:
+        """See `MultiView.step`."""
+        sight = Sight.into(memory)
+        return self(image[None, None], attention=attention, top_k=top_k, sight=sight, point_head=False)
 
     def precision(self, dtype: torch.dtype | str) -> Vggt:
         """Run the products of the aggregator in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
@@ -186,6 +239,7 @@ class Vggt(nn.Module):
         top_k: int = 32,
         chunk: int = 8,
         point_head: bool = True,
+        sight: Sight | None = None,
     ) -> Reconstruction:
         """Images (B, N, 3, H, W) in [0, 1] -> geometry in units of the mean distance of points to the first camera.
 
@@ -194,10 +248,13 @@ class Vggt(nn.Module):
         point head's; that one is only in `raw` (in the world's frame), and left out if `point_head` is False. K has its
         principal point at (W / 2, H / 2) with pixel centres at integers, as in the official code. attention: see
         `model.strategies`; with speed3r and lite3r sides must be multiples of 56, and as there are no trained gates the
-        selected blocks alone count. chunk: views that all but that attention take at a time.
+        selected blocks alone count. chunk: views that all but that attention take at a time. sight: None = all views see all,
+        or those before them if the model is causal.
         """
         (b, views), size = images.shape[:2], tuple(images.shape[3:])
         grid = patch_grid(*size)
+        if sight is None and self.causal:
+            sight = Sight.causal(views, images.device)
         taps = self.aggregator(
             self.aggregator.encode(images.flatten(0, 1), chunk),
             views,
@@ -206,9 +263,9 @@ class Vggt(nn.Module):
             attention,
             top_k,
             chunk,
-            self.causal,
+            sight,
         )
-        encoding = self.camera_head(taps[-1][:, 0].unflatten(0, (b, views)), self.causal)[-1]
+        encoding = self.camera_head(taps[-1][:, 0].unflatten(0, (b, views)), sight)[-1]
         T_world_cam, K = cameras(encoding, size)
 
         def dense(head: DPT) -> Tensor:

@@ -1,0 +1,68 @@
+"""What the engine drives: networks that take one frame at a time, made by name."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from speed3r_ros.model import weights
+from speed3r_ros.model.backbones.incremental import Incremental
+from speed3r_ros.model.backbones.registry import load_backbone
+from speed3r_ros.model.backbones.windowed import Windowed
+from speed3r_ros.model.config import EngineConfig
+from speed3r_ros.model.memory import Memory
+from speed3r_ros.model.network import Prediction
+
+BACKBONE_SIZE = 392, 504  # default (h, w): whole blocks of 56 pixels, about the resolution of their papers
+ADAPTERS = {"incremental": Incremental, "windowed": Windowed}  # how backbones stream
+
+
+class StreamingNetwork(Protocol):
+    """A module (`torch.nn.Module`) that the engine can step through a stream.
+
+    capturable: one CUDA graph can hold every step: fixed shapes, no synchronisation with the host.
+    """
+
+    capturable: bool
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(h, w) of the images."""
+
+    def precision(self, dtype: torch.dtype) -> StreamingNetwork:
+        """Run matrix products in `dtype` from now on; itself."""
+
+    def new_memory(self, window: int, anchors: int, bank: int, attention: str) -> Memory:
+        """A memory for `step` with this attention. It lies where the weights lie, in the type of the products."""
+
+    def step(
+        self, image: Tensor, memory: Memory, rays: Tensor | None, attention: str, top_k: int, known: Tensor | None
+    ) -> Prediction:
+        """One new frame (3, H, W) in [0, 1], for which `memory.admit` has made room. Batch and frame axes of the result are 1.
+
+        rays: (2, H, W), x/z and y/z of each pixel, valid where known: (1,) bool is True (None = True), or None when
+        intrinsics are unknown. What it remembers lies in the memory. Poses are in the gauge of the memory's segment.
+        """
+
+
+def load_network(config: EngineConfig) -> StreamingNetwork:
+    """The network of these settings with its weights, float32 on the CPU.
+
+    ValueError with one line for weights that are missing or foreign, or lack what the attention needs, and for a size that
+    they do not run at.
+    """
+    if config.model != "compact":
+        size = config.height or BACKBONE_SIZE[0], config.width or BACKBONE_SIZE[1]
+        return ADAPTERS[config.streaming](load_backbone(config.model, config.weights or None), size)
+    network = weights.load(config.weights or "compact")
+    for name, asked, fixed in zip(("height", "width"), (config.height, config.width), network.input_size):
+        if asked not in (0, fixed):
+            raise ValueError(f"engine.{name} = {asked}: these weights of compact run at {fixed}; give that or 0")
+    if config.strategy == "lite3r" and network.global_blocks[0].proj_lin is None:
+        raise ValueError(
+            f"engine.attention = 'lite3r': the weights {config.weights or 'compact'!r} have no linear branch; "
+            "give engine.weights of a lite3r training, or use speed3r"
+        )
+    return network

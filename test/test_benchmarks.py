@@ -1,0 +1,50 @@
+"""What the benchmarks say of input that they cannot use."""
+
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import layer_sensitivity
+
+
+@pytest.mark.parametrize(
+    "prepare, options, says",
+    [
+        (lambda folder: folder.rmdir(), (), "No such file or directory"),
+        (lambda folder: None, (), r"no \*.png or \*.jpg in it; give a folder"),
+        (lambda folder: (folder / "a.png").write_bytes(b"text"), (), "a.png: not an image; take it out of the folder"),
+        (lambda folder: None, ("--size", "50", "56"), "images are 50 x 56: sides must be multiples of 14"),
+        (
+            lambda folder: cv2.imwrite(str(folder / "a.png"), np.zeros((60, 60, 3), np.uint8)),
+            ("--size", "56", "56"),
+            "absent.pt: 0 checkpoints",
+        ),
+    ],
+)
+def test_layer_sensitivity_says_what_it_cannot_read(tmp_path, monkeypatch, capsys, prepare, options, says):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    prepare(folder)
+    command = ["layer_sensitivity.py", "--checkpoint", str(tmp_path / "absent.pt"), "--images", str(folder), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        layer_sensitivity.main()
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and message.count("\n") == 1 and message.startswith("layer_sensitivity.py: ")
+    with pytest.raises(ValueError, match=says):
+        raise ValueError(message)
+
+
+def test_images_are_read_in_the_order_of_their_names(tmp_path):
+    values = np.random.default_rng().permutation(200)[:3]
+    for name, value in zip("cab", values):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((20, 30, 3), (value, 0, 255), np.uint8))
+    images = layer_sensitivity.read(tmp_path, 14, 28, 2)
+    assert images.shape == (1, 2, 3, 14, 28)
+    torch.testing.assert_close(images[0, :, 2, 0, 0] * 255, torch.tensor(values[1:].copy()).float())
+    assert (images[:, :, 0] == 1).all()
