@@ -40,7 +40,9 @@ def row(name: str, dataset: SceneDataset, frames: int) -> str:
 def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small images, few frames and textures: only to see that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small images, few frames and textures: only to see that it runs"
+    )
     tiny = parser.parse_args().tiny
     frames, sizes, textures = (8, ((28, 56),), 1) if tiny else (240, SIZES, 24)
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, {frames} frames of {VIEWS} views per batch\n")

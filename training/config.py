@@ -71,7 +71,9 @@ class TrainingConfig:
     )
     save_every: float = setting(100.0, "seconds between checkpoints", low=0.0)
     tensorboard: bool = setting(False, "write TensorBoard events too; needs the extra [train]")
-    held_out: int = setting(96, "rendered sequences per row of the evaluation at the end, of either kind of scenes; 0 = none", low=0)
+    held_out: int = setting(
+        96, "rendered sequences per row of the evaluation at the end, of either kind of scenes; 0 = none", low=0
+    )
 
 
 def _default(name: str, default: Any) -> Any:

@@ -162,7 +162,9 @@ def losses(
             both = m.narrow(axis, 1, m.shape[axis] - 1) & m.narrow(axis, 0, m.shape[axis] - 1)
             gradient = gradient + mean_where(d.diff(dim=axis).abs().clamp(max=0.5), both)
     right = ((error.detach() < CONFIDENT) & valid).float()
-    confidence = mean_where(F.binary_cross_entropy_with_logits(out.confidence, right, reduction="none"), batch["judged"])
+    confidence = mean_where(
+        F.binary_cross_entropy_with_logits(out.confidence, right, reduction="none"), batch["judged"]
+    )
     first = mean_depth(z[:, :1], where_counted(valid[:, :1], batch["judged"][:, :1]))
     unit = first.log().abs().mean()  # the first frame fixes the scale: mean depth 1
 

@@ -269,7 +269,9 @@ class Lite3R(Recipe):
         if isinstance(self.network, Network):
             task, figures = losses(out, batch, draw.shift)
         else:
-            task, figures = distillation_loss(geometry(out), geometry(truth), where_counted(batch["valid"], batch["judged"]))
+            task, figures = distillation_loss(
+                geometry(out), geometry(truth), where_counted(batch["valid"], batch["judged"])
+            )
         attention = attention_loss(own.outputs, exact.outputs)
         gamma = c.gamma_end + (c.gamma - c.gamma_end) * (1 + cos(pi * draw.progress)) / 2
         total = task + gamma * attention
