@@ -66,6 +66,7 @@ setup(
         "hub": [HUB],  # speed3r weights fetch
         "opencv": [OPENCV],  # the bag command on a machine without ROS
         "ros": [OPENCV, *ROS],  # also the node, on a machine without ROS
+        "train": ["pillow>=9.1", "tensorboard"],  # pictures of scenes, events; training runs without
         "test": [
             HUB,
             "catkin_pkg",

@@ -70,7 +70,7 @@ class EngineConfig:
     attention: str = setting(
         "auto",
         "global attention strategy; auto = what the model was trained with: speed3r for compact and speed3r-pi3, else dense; "
-        "the last two only with windowed streaming",
+        "spark3r, and lite3r of backbones, only with windowed streaming; lite3r needs weights with its linear branch",
         choices=("auto", "speed3r", "dense", "spark3r", "lite3r"),
     )
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
@@ -105,7 +105,7 @@ class EngineConfig:
     def check_together(self, prefix: str) -> None:
         """Raise ValueError with one line for settings that do not go together."""
         windowed = self.model != "compact" and self.streaming == "windowed"
-        if self.strategy in ("spark3r", "lite3r") and not windowed:
+        if not windowed and (self.strategy == "spark3r" or self.strategy == "lite3r" and self.model != "compact"):
             raise ValueError(
                 f"{prefix}attention = {self.strategy!r}: works on whole sequences; use speed3r or dense, or a published "
                 f"backbone with {prefix}streaming = windowed"

@@ -1,7 +1,7 @@
 """Lite3R: a sparse branch of softmax attention plus a projected linear branch, A = A_sparse + Proj(A_linear) (section 3).
 
 The projection D -> D, one per layer for all its heads, is the method's only trained parameter: `add_linear_branch` makes it,
-and checkpoints may hold it (`attn.proj_lin.weight`). What the paper and its code disagree on is an option here, `sparse`:
+and checkpoints may hold it (`proj_lin.weight`). What the paper and its code disagree on is an option here, `sparse`:
 
 - tokens: for each head and query the best 30 % of all tokens, as trained. Needs every score: slower than dense attention.
 - dense: all tokens, as the authors deployed it (in INT8, which this does not do).
@@ -12,8 +12,7 @@ The authors replace every attention of a network, also inside views; here only t
 cost grows with the square of their number. So their checkpoints, whose other layers have projections too, do not fit. The
 method's FP8 layers are a precision here, `precision("fp8")` of a backbone, with any strategy.
 
-The recipe of the projections (section 3): all else frozen; AdamW, 1e-3, no weight decay on them; the task's loss + 0.1 times
-the mean squared difference of every attention's output from that of dense attention.
+The projections are trained by the recipe `lite3r` of `training/`.
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ class Lite3R(Strategy):
         """See `Strategy.__call__`. ValueError if the network has no linear branch."""
         if layer.linear is None:
             raise ValueError(
-                "attention 'lite3r': the network has no trained linear branch (attn.proj_lin.weight of its blocks across "
-                "views); load a checkpoint with one, or train it by the recipe in model/lite3r.py"
+                "attention 'lite3r': the network has no trained linear branch (proj_lin.weight of its blocks across "
+                "views); load a checkpoint with one, or train it: `python -m speed3r_ros.training lite3r`"
             )
         if self.sparse == "blocks":
             compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
@@ -110,16 +109,16 @@ def attend_to_best(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
 
 
 def add_linear_branch(model: nn.Module) -> list[nn.Parameter]:
-    """Give each block across views of a backbone its projection, normal with deviation 1e-3; returns the new parameters.
+    """Give each block across views its projection, normal with deviation 1e-3; returns the new parameters.
 
-    ValueError if the network is none of the official backbones with several views.
+    model: the compact network, or an official backbone with several views; ValueError if it is neither.
     """
     if not hasattr(model, "across_views"):
         raise ValueError(f"attention 'lite3r': {type(model).__name__} has no blocks across views that can take it")
-    for block in model.across_views:
-        attn = block.attn
-        width = attn.proj.out_features // attn.heads
-        weight = attn.proj.weight
-        attn.proj_lin = nn.Linear(width, width, bias=False, device=weight.device, dtype=weight.dtype)
-        nn.init.normal_(attn.proj_lin.weight, std=1e-3)
-    return [block.attn.proj_lin.weight for block in model.across_views]
+    layers = [getattr(block, "attn", block) for block in model.across_views]
+    for layer in layers:
+        weight = layer.proj.weight
+        width = len(weight) // layer.heads
+        layer.proj_lin = nn.Linear(width, width, bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.normal_(layer.proj_lin.weight, std=1e-3)
+    return [layer.proj_lin.weight for layer in layers]

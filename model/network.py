@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK, Slot, normalise_and_rotate, prepare_tokens
 from speed3r_ros.kernels.residual import add_norm
-from speed3r_ros.model.attention import Tokens
+from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.quantised import Fp8Linear, Int8Linear
 from speed3r_ros.model.strategies import strategy_for
@@ -33,7 +33,7 @@ IMAGE_MEAN, IMAGE_STD = 0.45, 0.25
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes of the network. height and width are fixed: multiples of 4 patches, so that blocks tile the grid."""
+    """Sizes of the network. height and width are multiples of 4 patches, so that blocks tile the grid."""
 
     height: int = 168
     width: int = 224
@@ -169,7 +169,8 @@ class GlobalBlock(Block):
 
     def __init__(self, channels: int, head_width: int, qk_gain: float, residual_gain: float, specials: int) -> None:
         super().__init__(channels, head_width, qk_gain, residual_gain)
-        self.specials = specials
+        self.specials, self.heads = specials, channels // head_width
+        self.proj_lin: nn.Linear | None = None  # Lite3R's projection, if `lite3r.add_linear_branch` has made it
         self.gate = nn.Linear(channels, 2 * channels // head_width)
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():  # compression starts at sigmoid(-1), selection at sigmoid(1), as released
@@ -196,7 +197,7 @@ class GlobalBlock(Block):
         return x, *tokens, gate
 
 
-Attend = Callable[..., Tensor]  # q, k, v, pooled q, k, v, gate of a global block -> attended (F, H, L, D)
+Attend = Callable[..., Tensor]  # the layer; q, k, v, pooled q, k, v, gate of its block -> attended (F, H, L, D)
 
 
 class Network(nn.Module):
@@ -207,9 +208,7 @@ class Network(nn.Module):
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or NetworkConfig()
-        (h, w), c, patch = config.grid, config.channels, config.patch
-        if h % 4 or w % 4 or config.height % patch or config.width % patch or patch % 2:
-            raise ValueError(f"height {config.height} and width {config.width} must be multiples of {4 * patch}")
+        c, patch = config.channels, config.patch
         residual_gain = (2 * (config.encoder_blocks + 2 * config.alternating_blocks + 2)) ** -0.5
 
         def block() -> Block:
@@ -242,8 +241,26 @@ class Network(nn.Module):
         for layer in (self.point_conv3, self.camera_fc2):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        self.resize(config.height, config.width)
+
+    def resize(self, height: int, width: int) -> Network:
+        """The same parameters at another size of images; returns itself. ValueError if blocks do not tile the patch grid.
+
+        Only constant tables depend on the size: positions are relative to the width or counted in patches.
+        """
+        patch = self.config.patch
+        if height % (4 * patch) or width % (4 * patch) or min(height, width) <= 0 or patch % 2:
+            raise ValueError(f"height {height} and width {width} must be multiples of {4 * patch}")
+        self.config = replace(self.config, height=height, width=width)
+        device = self.special_tokens.device
         for name, table in self._tables().items():
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, table.to(device), persistent=False)
+        return self
+
+    @property
+    def across_views(self) -> list[GlobalBlock]:
+        """Blocks whose attention crosses frames."""
+        return list(self.global_blocks)
 
     def _tables(self) -> dict[str, Tensor]:
         """Constant tables: rotary angles of tokens and of blocks, position features, nominal rays, block-major order."""
@@ -368,7 +385,7 @@ class Network(nn.Module):
             slot = None if memory is None else memory.slot(i)
             tables = self.cos, self.sin, self.cos_g, self.sin_g
             x, *tokens = global_block.before_global(x, branch, *tables, slot)
-            x, branch = global_block.after(x, attend(*tokens))
+            x, branch = global_block.after(x, attend(Layer(i, linear=global_block.proj_lin), *tokens))
         return x if branch is None else x + branch
 
     def heads(
@@ -412,17 +429,15 @@ class Network(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ the two forms
 
-    def _attend(self, batch: int, fine: Visible, coarse: Visible, attention: str, top_k: int) -> Attend:
+    def _attend(self, batch: int, fine: Visible, coarse: Visible, attention: str | Strategy, top_k: int) -> Attend:
         """Attention across the frames of B sequences; queries of B * T frames, keys and values of as many as they have."""
         strategy = strategy_for(attention, all_visible=False)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, q_g: Tensor, k_g: Tensor, v_g: Tensor, gate: Tensor) -> Tensor:
-            frames = len(q) // batch
-            q, k, v, q_g, k_g, v_g, gate = (
-                y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for y in (q, k, v, q_g, k_g, v_g, gate)
-            )
+        def attend(layer: Layer, *tensors: Tensor) -> Tensor:
+            frames = len(tensors[0]) // batch
+            q, k, v, q_g, k_g, v_g, gate = (y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for y in tensors)
             tokens = Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g)
-            out = strategy(*tokens, fine, coarse, self.config.specials, top_k)
+            out = strategy(*tokens, fine, coarse, self.config.specials, top_k, layer)
             return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
 
         return attend
@@ -434,7 +449,7 @@ class Network(nn.Module):
         coarse: Tensor,
         rays: Tensor | None = None,
         known: Tensor | None = None,
-        attention: str = "speed3r",
+        attention: str | Strategy = "speed3r",
         top_k: int = 32,
     ) -> Prediction:
         """All frames of B sequences at once.

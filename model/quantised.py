@@ -76,6 +76,36 @@ class Fp8Linear(nn.Module):
         return fp8.fp8_linear(x, self.values, self.scale, self.bias)
 
 
+class Fp8TrainingLinear(nn.Linear):
+    """A linear layer that computes as `Fp8Linear` will, with gradients straight through the rounding (Lite3R, section 3).
+
+    It shares weight and bias with the layer that it stands for, under the same names.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out) in x's type."""
+        return fp8.fp8_linear_straight_through(x, self.weight, self.bias)
+
+
+def train_in_fp8(model: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
+    """Let the wide linear layers of blocks of these types, to qkv and of the MLP, round to E4M3; returns how many there are.
+
+    They are the ones that a backbone's `precision("fp8")` deploys so.
+    """
+    count = 0
+    for block in [module for module in model.modules() if isinstance(module, blocks)]:
+        for path, layer in list(block.named_modules()):
+            parent, _, name = path.rpartition(".")
+            if type(layer) is nn.Linear and not path.removeprefix("attn.").startswith(("gate", "proj")):
+                setattr(block.get_submodule(parent), name, Fp8TrainingLinear(layer))
+                count += 1
+    return count
+
+
 def fp8_units(device: torch.device) -> bool:
     """Whether the device multiplies FP8 in hardware; if not, it warns that bfloat16 is what runs."""
     able = fp8.on_units(torch.empty(0, device=device))

@@ -50,7 +50,8 @@ class StreamingNetwork(Protocol):
 def load_network(config: EngineConfig) -> StreamingNetwork:
     """The network of these settings with its weights, float32 on the CPU.
 
-    ValueError with one line for weights that are missing or foreign, and for a size that they do not run at.
+    ValueError with one line for weights that are missing or foreign, or lack what the attention needs, and for a size that
+    they do not run at.
     """
     if config.model != "compact":
         size = config.height or BACKBONE_SIZE[0], config.width or BACKBONE_SIZE[1]
@@ -59,4 +60,9 @@ def load_network(config: EngineConfig) -> StreamingNetwork:
     for name, asked, fixed in zip(("height", "width"), (config.height, config.width), network.input_size):
         if asked not in (0, fixed):
             raise ValueError(f"engine.{name} = {asked}: these weights of compact run at {fixed}; give that or 0")
+    if config.strategy == "lite3r" and network.global_blocks[0].proj_lin is None:
+        raise ValueError(
+            f"engine.attention = 'lite3r': the weights {config.weights or 'compact'!r} have no linear branch; "
+            "give engine.weights of a lite3r training, or use speed3r"
+        )
     return network

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.network import Network, NetworkConfig
 
 SHARD_BYTES = 15 * 2**20
@@ -37,13 +38,16 @@ def locate(name: str) -> Path:
     )
 
 
-def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> int:
-    """Write fp16 shards of the network's parameters; returns their size in bytes. An older set there is replaced."""
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, metadata: dict[str, str]) -> int:
+    """Write tensors as safetensors of at most SHARD_BYTES, if no tensor alone exceeds them; returns the bytes of all tensors.
+
+    Every shard has the metadata. An older set in the folder is replaced.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
-    for name, value in network.named_parameters():
-        value = value.detach().to("cpu", torch.float16).contiguous()
-        if size + value.nbytes > SHARD_BYTES:
+    for name, value in tensors.items():
+        value = value.detach().to("cpu").contiguous()
+        if size and size + value.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = value
@@ -53,7 +57,6 @@ def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for i, shard in enumerate(shards, 1):
-        metadata = {"format": FORMAT, "network": json.dumps(network.settings()), **(note or {})}
         save_file(shard, partial / f"model-{i:02d}-of-{len(shards):02d}.safetensors", metadata=metadata)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.safetensors"):
@@ -62,6 +65,31 @@ def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> 
         shard.replace(folder / shard.name)
     partial.rmdir()
     return total
+
+
+def read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
+    """All tensors of a set of shards, the metadata and the path of the last one.
+
+    ValueError with one line when a shard is missing or truncated.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder}: no *.safetensors there")
+    last = paths[-1].stem.rsplit("-of-", 1)
+    if len(last) == 2 and last[1].isdigit() and len(paths) != int(last[1]):
+        raise ValueError(f"{folder}: {len(paths)} of {int(last[1])} shards are there; copy the missing ones")
+    state: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        shard, metadata = read_safetensors(path)
+        state.update(shard)
+    return state, metadata, paths[-1]
+
+
+def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> int:
+    """Write fp16 shards of the network's parameters; returns their size in bytes. An older set there is replaced."""
+    halves = {name: value.detach().half() for name, value in network.named_parameters()}
+    return write_shards(halves, folder, {"format": FORMAT, "network": json.dumps(network.settings()), **(note or {})})
 
 
 def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,23 +123,17 @@ def load(name: str) -> Network:
     missing, truncated, foreign or incomplete.
     """
     folder = locate(name)
-    paths = sorted(folder.glob("*.safetensors"))
-    last = paths[-1].stem.rsplit("-of-", 1)
-    if len(last) == 2 and last[1].isdigit() and len(paths) != int(last[1]):
-        raise ValueError(f"{folder}: {len(paths)} of {int(last[1])} shards are there; copy the missing ones")
-    state: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for path in paths:
-        shard, metadata = read_safetensors(path)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a {FORMAT!r} checkpoint (its format is {metadata.get('format')!r})")
-        state.update(shard)
+    state, metadata, last = read_shards(folder)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{last}: not a {FORMAT!r} checkpoint (its format is {metadata.get('format')!r})")
     try:
         settings = json.loads(metadata["network"])
         config = NetworkConfig(**{f.name: int(settings[f.name]) for f in fields(NetworkConfig)})
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{paths[-1]}: unreadable network configuration ({error!r})") from error
+        raise ValueError(f"{last}: unreadable network configuration ({error!r})") from error
     network = Network(config)
+    if any(key.endswith("proj_lin.weight") for key in state):
+        add_linear_branch(network)
     require_same_shapes(dict(network.named_parameters()), state, folder, "copy the folder again")
     network.load_state_dict(state, strict=True)
     return network.eval()

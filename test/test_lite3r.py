@@ -6,9 +6,11 @@ from tiny_backbones import ACROSS_VIEWS, BACKBONES, tiny_backbone
 from torch import nn
 
 from speed3r_ros.kernels.frames import Visible
-from speed3r_ros.model import lite3r
+from speed3r_ros.model import lite3r, weights
 from speed3r_ros.model.attention import Layer, Tokens
 from speed3r_ros.model.backbones.registry import load_into
+from speed3r_ros.model.config import EngineConfig
+from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.lite3r import Lite3R, add_linear_branch
 from speed3r_ros.model.network import Network, NetworkConfig
 
@@ -90,6 +92,29 @@ def test_a_zero_projection_over_all_tokens_is_dense_attention(name, strategy):
 
 
 @torch.inference_mode()
+def test_in_the_compact_network_too(tmp_path):
+    """A zero projection over all blocks is dense attention; another one is kept by the weights' file."""
+    network = Network(NetworkConfig(56, 112, channels=64, encoder_blocks=1, alternating_blocks=2, stem=8, decoder=4))
+    for p in network.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    x, see = torch.rand(2, 3, 3, 56, 112), torch.ones(1, 3, 3).bool().tril()
+    branch = add_linear_branch(network)
+    assert [tuple(weight.shape) for weight in branch] == [(64, 64)] * 2
+    dense = network(x, see, see, attention="dense").points
+    for weight in branch:
+        weight.zero_()
+    torch.testing.assert_close(network(x, see, see, attention="lite3r", top_k=6).points, dense, rtol=1e-4, atol=1e-5)
+    for weight in branch:
+        weight.normal_().copy_(weight.half())
+    moved = network(x, see, see, attention="lite3r", top_k=6).points
+    assert (moved - dense).norm() > 1e-3 * dense.norm()
+    weights.save(network, tmp_path / "w")
+    stored = weights.load(str(tmp_path / "w"))
+    for weight, block in zip(branch, stored.global_blocks):
+        assert torch.equal(block.proj_lin.weight, weight)
+
+
+@torch.inference_mode()
 def test_it_is_permutation_equivariant_where_the_backbone_is():
     model = tiny_backbone("pi3").double()
     for weight in add_linear_branch(model):
@@ -138,9 +163,10 @@ def test_models_without_the_branch_say_so():
     network, see = Network(NetworkConfig(56, 56, channels=64, stem=8, decoder=4)), torch.ones(1, 2, 2).bool()
     with pytest.raises(ValueError, match="no trained linear branch"):
         network(x, see, see, attention="lite3r")
-    for model in (network, BACKBONES["da3-mono"]()):
-        with pytest.raises(ValueError, match="no blocks across views"):
-            add_linear_branch(model)
+    with pytest.raises(ValueError, match="no blocks across views"):
+        add_linear_branch(BACKBONES["da3-mono"]())
+    with pytest.raises(ValueError, match="engine.attention = 'lite3r': the weights 'compact' have no linear branch"):
+        Engine(EngineConfig(device="cpu", attention="lite3r"))
     with pytest.raises(ValueError, match="'sage': choose one of blocks, tokens, dense"):
         Lite3R("sage")
     with pytest.raises(ValueError, match=r"keep 1.3: must be in \(0, 1\]"):

@@ -182,7 +182,13 @@ def test_every_import_is_declared():
     parsed, _ = manifest()
     declared = {depend.name for depend in parsed.exec_depends}
     declared |= set(re.findall(r'"([A-Za-z][\w-]*)(?:[>\["])', (ROOT / "setup.py").read_text()))
-    spelled = {"cv2": "python3-opencv", "yaml": "PyYAML", "mpl_toolkits": "matplotlib", "triton": "torch"}
+    spelled = {
+        "PIL": "pillow",
+        "cv2": "python3-opencv",
+        "yaml": "PyYAML",
+        "mpl_toolkits": "matplotlib",
+        "triton": "torch",
+    }
     for folder in ("speed3r_ros", *PARTS):
         missing = {name for name in imports(ROOT / folder) if spelled.get(name, name) not in declared}
         assert not missing, f"{folder}/ imports {missing}, which neither package.xml nor setup.py declares"

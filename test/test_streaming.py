@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.memory import Schedule, visibility
 from speed3r_ros.model.network import Network, NetworkConfig
 
@@ -23,11 +24,13 @@ def random_network(config: NetworkConfig = TINY) -> Network:
     return network
 
 
-@pytest.mark.parametrize("attention", ["dense", "speed3r"])
+@pytest.mark.parametrize("attention", ["dense", "speed3r", "lite3r"])
 @pytest.mark.parametrize("known", [True, False])
 @torch.no_grad()
 def test_parallel_equals_recurrent(attention, known):
     network, frames, limits = random_network(), 14, (2, 3, 3)
+    for weight in add_linear_branch(network):
+        weight.normal_()
     keyframes = [t == 0 or random.random() < 0.7 for t in range(frames)]
     images = torch.rand(1, frames, 3, TINY.height, TINY.width)
     rays = 0.5 * torch.randn(1, frames, 2, TINY.height, TINY.width)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from speed3r_ros.kernels import raycast
+from speed3r_ros.mapping.geometry import rotation_angle
 from speed3r_ros.model.network import Network, NetworkConfig, Prediction
-from speed3r_ros.training.evaluate import evaluate_rendered, rotation_angle
+from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import losses
 from speed3r_ros.training.motions import MOTIONS
 from speed3r_ros.training.render import SPLITS, SceneDataset, WorldConfig
@@ -33,6 +34,11 @@ def sample(bank, config, sequences, views, motion=None, size=SIZE):
     r = Rng("cpu", int(torch.randint(2**31, ())))
     scene = sample_world(r, random.Random(0), config, bank.families, sequences, views, *size, code)
     return scene | {k: scene[k].double() for k in (*TABLES, "R", "t", "K")}
+
+
+def degrees_between(A, B):
+    """Angles (...) of A^T B for rotations (..., 3, 3)."""
+    return torch.from_numpy(np.rad2deg(rotation_angle((A.transpose(-1, -2) @ B).numpy())))
 
 
 def random_rotation():
@@ -213,7 +219,7 @@ def test_motions_of_robots():
     R, t = path("loop", 64)
     assert ((t[:, 1:] - t[:, :1]).norm(dim=-1).amin(1) < 0.15 * (t[:, 1:] - t[:, :1]).norm(dim=-1).amax(1)).all()
     revisit = (t[:, 8:] - t[:, :1]).norm(dim=-1).argmin(1) + 8
-    again = rotation_angle(R[:, 0], R[torch.arange(6), revisit])
+    again = degrees_between(R[:, 0], R[torch.arange(6), revisit])
     assert again.median() < 25
     R, t = path("drive", 256)
     assert torch.isfinite(R).all() and (t[..., 1].std(1) < 0.01).all() and (t[:, -1] - t[:, 0]).norm(dim=-1).min() > 2
@@ -223,7 +229,7 @@ def test_motions_of_robots():
     R, t = path("climb", 64)
     assert (t[..., 1].amax(1) - t[..., 1].amin(1)).median() > 0.5
     R, t = path("shake", 64)
-    step = rotation_angle(R[:, 1:], R[:, :-1])
+    step = degrees_between(R[:, 1:], R[:, :-1])
     assert (step.amax(1) > 2 * step.median(1).values).all()
 
 

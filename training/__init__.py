@@ -1,1 +1,1 @@
-"""Synthetic scenes, losses and the trainer of the compact model."""
+"""Rendered and recorded scenes, losses, and the training recipes: `python -m speed3r_ros.training --help`."""

@@ -1,8 +1,10 @@
 """Losses of the compact model: geometry up to one scale per sequence, poses without a gauge.
 
 Targets are a batch of `training.render.SceneDataset`: depth (B, T, H, W), ray (B, H, W, 2), camera-to-world R
-(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence; valid (B, T, H, W) is False on sky, whose depth is
-infinite, and on what moves: of these only the rays are learnt, and that they deserve no confidence. Shape suffixes as in `model.attention`.
+(B, T, 3, 3) and t (B, T, 3), K (B, 5), with mean depth 1 per sequence. valid (B, T, H, W) is False where depth is not to be
+learnt: where it is unknown, on sky, whose depth is infinite, and on what moves. judged (B, T, H, W) is where the right
+confidence is known: where valid, and where none is deserved, on sky and on what moves. Rays are learnt everywhere. Shape
+suffixes as in `model.attention`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,19 +45,49 @@ def relative_poses(R: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return R_i @ R[:, None], (R_i @ (t[:, None] - t[:, :, None]).unsqueeze(-1)).squeeze(-1)
 
 
-def sequence_scale(z: Tensor, z_true: Tensor, valid: Tensor) -> Tensor:
-    """Robust scale (B,) that brings predicted depth z (B, T, H, W) to the truth: the median ratio of a subsample of what is valid.
+def path_scale(t: Tensor, t_true: Tensor) -> Tensor:
+    """Scale (B,) that brings relative translations t (B, T, T, 3) to the true ones: least squares of their lengths."""
+    length, true = t.norm(dim=-1).flatten(1), t_true.norm(dim=-1).flatten(1)
+    return (length * true).sum(1) / (length * length).sum(1).clamp_min(1e-12)
 
-    1 for a sequence of which nothing is.
+
+def sequence_scale(z: Tensor, z_true: Tensor, valid: Tensor, t: Tensor, t_true: Tensor) -> Tensor:
+    """Robust scale (B,) that brings a prediction to the truth, without a gradient.
+
+    The median ratio of a subsample of valid depths z (B, T, H, W), or where none is valid, that of the lengths of relative
+    translations t (B, T, T, 3).
     """
     stride = max(1, z[0].numel() // 4096) | 1
-    a, b, known = (x.flatten(1)[:, ::stride] for x in (z, z_true, valid))
-    return torch.where(known, b / a.clamp_min(1e-6), torch.nan).nanmedian(1).values.nan_to_num(1.0)
+    a, b, known = (x.detach().flatten(1)[:, ::stride] for x in (z, z_true, valid))
+    scale = torch.where(known, b / a.clamp_min(1e-6), torch.nan).nanmedian(1).values
+    return torch.where(scale.isnan(), path_scale(t.detach(), t_true), scale)
+
+
+def share_of_batch(count: Tensor) -> Tensor:
+    """A count of this process -> its mean over all processes, so that the mean of gradients is that of one large batch."""
+    if dist.is_available() and dist.is_initialized():
+        count = count.clone()
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp_min(1)
 
 
 def mean_where(x: Tensor, valid: Tensor) -> Tensor:
-    """Mean of x where it is valid (of the same shape); 0 where nothing is."""
-    return torch.where(valid, x, 0.0).sum() / valid.sum().clamp_min(1)
+    """Mean of x where it is valid (of the same shape) over the batches of all processes; 0 where nothing is."""
+    return torch.where(valid, x, 0.0).sum() / share_of_batch(valid.sum())
+
+
+def where_counted(valid: Tensor, judged: Tensor) -> Tensor:
+    """Where a sequence's own geometry counts (B, T, H, W): where valid, or if nothing is, wherever depth is unknown."""
+    some = valid.flatten(1).any(1).view(-1, 1, 1, 1)
+    return torch.where(some, valid, ~judged)
+
+
+def mean_depth(z: Tensor, counted: Tensor) -> Tensor:
+    """Mean (B,) of depths z (B, T, H, W) where they count; 1 where none does."""
+    count = counted.sum((1, 2, 3))
+    mean = torch.where(counted, z, 0.0).sum((1, 2, 3)) / count.clamp_min(1)
+    return torch.where(count > 0, mean, 1.0)
 
 
 def soften(error: Tensor) -> Tensor:
@@ -99,8 +132,8 @@ def matching_loss(descriptor: Tensor, batch: Batch, shift: int, patch: int) -> t
     logits = descriptor @ descriptor.roll(-shift, 1).transpose(-1, -2)
     entropy = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view_as(visible)
     right = (logits.argmax(-1) == target).float()
-    count = visible.sum().clamp_min(1)
-    return (entropy * visible).sum() / count, ((right * visible).sum() / count).detach()
+    matched = (right * visible).sum() / visible.sum().clamp_min(1)
+    return (entropy * visible).sum() / share_of_batch(visible.sum()), matched.detach()
 
 
 def losses(
@@ -113,7 +146,9 @@ def losses(
     sequences, views = z_true.shape[:2]
     z = out.points[:, :, 2]
     ray = out.points[:, :, :2] / out.points[:, :, 2:]
-    scale = sequence_scale(z.detach(), z_true, valid).clamp(1e-2, 1e2)
+    R, t = relative_poses(out.R, out.t)
+    R_true, t_true = relative_poses(batch["R"], batch["t"])
+    scale = sequence_scale(z, z_true, valid, t, t_true).clamp(1e-2, 1e2)
 
     # depth and rays apart: a joint |s P - P*| with a detached s lets the global scale run away
     log_error = (z * scale.view(-1, 1, 1, 1)).log() - z_true.log()
@@ -126,14 +161,13 @@ def losses(
         for axis in (-1, -2):
             both = m.narrow(axis, 1, m.shape[axis] - 1) & m.narrow(axis, 0, m.shape[axis] - 1)
             gradient = gradient + mean_where(d.diff(dim=axis).abs().clamp(max=0.5), both)
-    right = (error.detach() < CONFIDENT) & valid
-    confidence = F.binary_cross_entropy_with_logits(out.confidence, right.float())
-    first = torch.where(valid[:, 0], z[:, 0], 0.0).sum((1, 2)) / valid[:, 0].sum((1, 2)).clamp_min(1)
-    first = torch.where(valid[:, 0].flatten(1).any(1), first, 1.0)
+    right = ((error.detach() < CONFIDENT) & valid).float()
+    confidence = mean_where(
+        F.binary_cross_entropy_with_logits(out.confidence, right, reduction="none"), batch["judged"]
+    )
+    first = mean_depth(z[:, :1], where_counted(valid[:, :1], batch["judged"][:, :1]))
     unit = first.log().abs().mean()  # the first frame fixes the scale: mean depth 1
 
-    R, t = relative_poses(out.R, out.t)
-    R_true, t_true = relative_poses(batch["R"], batch["t"])
     off = 1 - torch.eye(views, device=z.device)
     pairs = sequences * views * (views - 1)
     angle = ((R - R_true).square().sum((-1, -2)) + 1e-8).sqrt() / math.sqrt(2)  # radians, for small angles
@@ -171,6 +205,6 @@ def losses(
             matched=matched,
             gradient=gradient,
             sigma=sigma,
-            absrel=torch.where(valid, log_error.exp() - 1, torch.nan).flatten()[::97].abs().nanmedian(),
+            absrel=torch.where(valid, log_error.exp() - 1, torch.nan).flatten()[::97].abs().nanmedian().nan_to_num(),
         )
     return total, {name: value.detach() for name, value in figures.items()}

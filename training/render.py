@@ -75,7 +75,7 @@ class SceneDataset:
         `t` (B, N, 3) camera-to-world, `K` (B, 5) = fx, fy, cx, cy, k1, `ray` (B, H, W, 2), `motion` (B,) index into MOTIONS.
 
         Each sequence is scaled to mean depth 1. `valid` (B, N, H, W) is False where depth is not to be learnt: on sky,
-        whose depth is infinite (`sky`), and on what moves (`moving`).
+        whose depth is infinite (`sky`), and on what moves (`moving`). `judged` is True: the right confidence is known everywhere.
         """
         code = None if motion is None else MOTIONS.index(motion)
         scene = self._sample(self.random, self.coin, sequences, views, code)
@@ -95,6 +95,7 @@ class SceneDataset:
             img=image.unflatten(0, (sequences, views)),
             depth=depth / scale[..., None],
             valid=valid,
+            judged=torch.ones_like(valid),
             sky=sky,
             moving=mobile,
             R=scene["R"],

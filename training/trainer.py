@@ -1,118 +1,87 @@
-"""Train the compact model on rendered scenes, in two stages.
+"""The training loop: one class and one loop for all recipes; on one process, or several under torchrun.
 
-    torchrun --standalone --nproc_per_node 4 -m speed3r_ros.training.trainer --out runs/dense --minutes 14.5 \\
-        --attention dense --bidirectional --compile
-    torchrun --standalone --nproc_per_node 4 -m speed3r_ros.training.trainer --out runs/compact --minutes 22 \\
-        --init runs/dense/weights --lr 6e-4 --ema 0.999 --compile
-
-The first stage is dense and bidirectional; the second is sparse and causal, under exactly the incremental visibility that
-the model is deployed with. From scratch, the second alone does not learn to match views (docs/benchmarks.md).
-
-One process per GPU (or one on the CPU for a trial: `--frames 48 --steps 2`). The schedule is in minutes of training, so
-that a run fits a machine's time; `--resume` continues from the checkpoint in --out.
+Whatever is random in a step follows from the seed and the step's number, so that a run that was stopped goes on as if
+it had not been (bit for bit on a CPU, with a schedule in steps and the optimiser's state in fp32).
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
 import math
 import os
 import random
+import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
+from speed3r_ros.mapping.files import written_whole
 from speed3r_ros.model import weights
-from speed3r_ros.model.memory import visibility
-from speed3r_ros.model.network import Block, GlobalBlock, Network, NetworkConfig
+from speed3r_ros.model.network import Block, GlobalBlock, Network
+from speed3r_ros.training import checkpoint
+from speed3r_ros.training.config import TrainingConfig, image_sizes, require_runnable
 from speed3r_ros.training.evaluate import evaluate_rendered
-from speed3r_ros.training.losses import Batch, losses
-from speed3r_ros.training.render import SPLITS, SceneDataset
+from speed3r_ros.training.losses import Batch
+from speed3r_ros.training.recipes import RECIPES, Draw, Stage, draw_sequences, lengths
+from speed3r_ros.training.render import SPLITS
 
-VIEWS = (2, 4, 6, 8, 12, 16, 24)  # frames of a sequence; drawn per step with the odds below
-VIEW_ODDS = (8, 15, 15, 22, 20, 14, 6)
-WINDOW, ANCHORS, BANK = 4, 6, 32  # the deployed memory
-PATTERNS = 32  # random keyframe patterns per length
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, weights and log")
-    parser.add_argument("--minutes", type=float, default=22.0, help="length of the schedule, in minutes of training")
-    parser.add_argument("--steps", type=int, default=0, help="stop after this many steps, whatever the time (trials)")
-    parser.add_argument("--frames", type=int, default=240, help="frames per step and process, a multiple of 48")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.03)
-    parser.add_argument("--warmup", type=int, default=400, help="steps of linear warm-up")
-    parser.add_argument("--hold", type=float, default=0.35, help="share of the schedule before the cosine decay starts")
-    parser.add_argument(
-        "--ema", type=float, default=0.998, help="decay of the weights' moving average, which is shipped"
-    )
-    parser.add_argument("--top-k", type=int, default=32)
-    parser.add_argument("--attention", default="speed3r", choices=("speed3r", "dense"))
-    parser.add_argument("--bidirectional", action="store_true", help="every frame sees every frame (the first stage)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (CUDA)")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--init", default="", help="start from these weights (a name or folder) with a fresh optimiser")
-    parser.add_argument("--tiny", action="store_true", help="a very small network, for trials on a CPU")
-    args = parser.parse_args(argv)
-    if args.frames % math.lcm(*VIEWS):
-        parser.error(f"--frames {args.frames}: use a multiple of {math.lcm(*VIEWS)}")
-    return args
+LOG_EVERY = 20.0  # seconds
+CLOCK_EVERY = 10  # steps after which processes agree on the time and on a wish to stop
 
 
-class VisibilityBank:
-    """Precomputed masks of random keyframe patterns, per sequence length."""
-
-    def __init__(self, device: torch.device, seed: int, bidirectional: bool) -> None:
-        draw = random.Random(seed)
-        self.masks: dict[int, tuple[Tensor, Tensor]] = {}
-        for views in VIEWS:
-            pairs = []
-            for _ in range(PATTERNS):
-                rate = draw.choice((0.3, 0.6, 1.0))
-                keyframes = [t == 0 or draw.random() < rate for t in range(views)]
-                pairs.append(visibility(keyframes, WINDOW, ANCHORS, BANK))
-            fine, coarse = (torch.stack(x).to(device) | bidirectional for x in zip(*pairs))
-            self.masks[views] = fine, coarse
-
-    def draw(self, sequences: int, views: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Masks (sequences, views, views), a pattern for each sequence."""
-        index = torch.randint(PATTERNS, (sequences,), generator=generator, device=generator.device)
-        fine, coarse = self.masks[views]
-        return fine[index], coarse[index]
-
-
-def optimiser(network: Network, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW; no decay on vectors and tokens."""
-    matrices = [
-        p for name, p in network.named_parameters() if p.dim() >= 2 and "token" not in name and "first" not in name
-    ]
+def optimiser(network: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW of what is trained; no decay on vectors and tokens."""
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.dim() >= 2 and "token" not in name and "first" not in name]
     chosen = {id(p) for p in matrices}
-    others = [p for p in network.parameters() if id(p) not in chosen]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    others = [p for _, p in named if id(p) not in chosen]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(step: int, progress: float, args: argparse.Namespace) -> float:
-    """Warm-up, plateau, cosine to 2 %."""
-    decay = min(1.0, max(0.0, (progress - args.hold) / (1 - args.hold)))
-    return args.lr * min(1.0, (step + 1) / args.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * decay)))
+def learning_rate(peak: float, step: int, progress: float, config: TrainingConfig) -> float:
+    """Warm-up, plateau, then a fall to `floor` of the peak. step, progress: in the stage."""
+    fall = min(1.0, max(0.0, (progress - config.hold) / (1 - config.hold)))
+    left = 1 - fall if config.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * fall)
+    return peak * min(1.0, (step + 1) / config.warmup) * (config.floor + (1 - config.floor) * left)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor of one that FSDP has split; all processes must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def put(x: Tensor, value: Tensor) -> None:
+    """Overwrite x, which FSDP may have split, by a full tensor."""
+    x.copy_(distribute_tensor(value, x.device_mesh, x.placements) if isinstance(x, DTensor) else value)
 
 
 class Trainer:
-    """One process of the run."""
+    """One process of a run. out: folder for `config.yaml`, `log.txt`, `checkpoint/`, `weights/` and `held_out.json`.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.started = args, time.monotonic()
+    resume: go on from the checkpoint in `out`. ValueError with one line for settings, weights, sequences or checkpoints
+    that cannot work; nothing is written then.
+    """
+
+    def __init__(self, recipe: str, config: TrainingConfig, out: Path, resume: bool = False) -> None:
+        require_runnable(recipe, config)
+        if resume != (out / "checkpoint").is_dir():
+            state, remedy = (
+                ("no", "leave --resume out") if resume else ("a", "give --resume to go on, or another folder")
+            )
+            raise ValueError(f"{out}: has {state} checkpoint; {remedy}")
+        self.name, self.config, self.out, self.started = recipe, config, out, time.monotonic()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -121,204 +90,309 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = False  # poses are small float32 products and must stay exact
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.enable_cudnn_sdp(False)  # no plan building for each shape
-        if self.world > 1:
+        torch.manual_seed(config.seed)
+        self.recipe = RECIPES[recipe](config, self.device)
+        self.network = self.recipe.network.train()
+        self.stages, self.sizes = self.recipe.stages(), image_sizes(config)
+        self.data = self.recipe.data(self.rank)
+        if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", **(dict(device_id=self.device) if cuda else {}))
-        args.out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(args.seed)
-        config = (
-            NetworkConfig(channels=64, encoder_blocks=1, alternating_blocks=1, stem=16, decoder=8)
-            if args.tiny
-            else NetworkConfig()
-        )
-        self.network = (weights.load(args.init) if args.init else Network(config)).to(self.device).train()
-        self.optimiser = optimiser(self.network, args)
-        self.parameters = list(self.network.parameters())
-        self.step, self.trained = 0, 0.0
-        self.average = [p.detach().clone() for p in self.parameters]
-        if args.resume:
-            self._load()
-        self.dataset = SceneDataset(
-            self.device,
-            1000 + 7919 * self.rank + self.step * 13 + args.seed,
-            config.height,
-            config.width,
-            textures_per_family=24 if cuda else 1,
-            samples=4 if cuda else 1,
-            world=SPLITS["world"],
-            verbose=self.rank == 0,
-        )
-        self.visibility = VisibilityBank(self.device, args.seed, args.bidirectional)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed + 31 * self.rank + self.step)
-        if args.compile:
+        self.unsharded: nn.Module | None = None  # what FSDP has split, in its form before
+        if self.world > 1 and config.parallel == "fsdp":
+            self._shard()
+        self.parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.step = self.stage_number = self.stage_begun = 0  # steps done; the stage, and the step at which it began
+        self.trained = 0.0  # seconds
+        self.wished = self.stop = False  # a signal came; all processes know
+        if config.compile:
             torch._dynamo.config.recompile_limit = 64
             for cls, method in ((Block, "before"), (Block, "after"), (GlobalBlock, "before_global")):
                 setattr(cls, method, torch.compile(getattr(cls, method), dynamic=False))
-        self.model = (
-            torch.nn.parallel.DistributedDataParallel(
+        self._prepare_stage()
+        if resume:
+            self._load()
+        self.events = self._open_events()
+        out.mkdir(parents=True, exist_ok=True)
+
+    # ------------------------------------------------------------------------------------------------------ schedule
+
+    @property
+    def progress(self) -> float:
+        """Share of the schedule that is done."""
+        c = self.config
+        return min(1.0, self.step / c.steps if c.steps else self.trained / (60 * c.minutes))
+
+    def stage_progress(self) -> tuple[int, float]:
+        """The stage that the schedule has come to, and the share of it that is done."""
+        begin = 0.0
+        for number, stage in enumerate(self.stages):
+            if self.progress < begin + stage.share or number == len(self.stages) - 1:
+                return number, (self.progress - begin) / stage.share
+            begin += stage.share
+        raise AssertionError
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is being trained."""
+        return self.stages[self.stage_number]
+
+    def _prepare_stage(self) -> None:
+        """An optimiser and a wrapper for several processes, made for the present stage."""
+        self.optimiser = optimiser(self.network, self.config)
+        self.model = self.network
+        if self.world > 1 and self.config.parallel == "ddp":
+            self.model = nn.parallel.DistributedDataParallel(
                 self.network,
-                device_ids=[self.device.index] if cuda else None,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
-                find_unused_parameters=args.attention == "dense",  # the gates
+                find_unused_parameters=self.stage.attention == "dense",  # the gates
             )
-            if self.world > 1
-            else self.network
+
+    def _next_stage(self, number: int) -> None:
+        """Begin another stage, from the averaged weights."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.average[name])
+        self.stage_number, self.stage_begun = number, self.step
+        self._prepare_stage()
+        self.say(f"stage {self.stage.name} at step {self.step}")
+
+    def draw(self) -> Draw:
+        """What the coming step does."""
+        draw = random.Random(f"{self.config.seed} {self.step}")  # the same on every process
+        _, done = self.stage_progress()
+        views = draw.choices(*lengths(self.config, done))[0]
+        size = self.sizes[min(len(self.sizes) - 1, int(done * len(self.sizes)))]
+        frames = self.config.frames * math.prod(self.sizes[0]) // math.prod(size)
+        sequences = max(1, frames // views)
+        shift = draw.randrange(1, views)
+        first = self.rank * sequences
+        seeds = [f"{self.config.seed} {self.step} {i}" for i in range(first, first + sequences)]
+        parts = draw_sequences(seeds, views, self.stage.bidirectional)
+        masks = (x.to(self.device, non_blocking=True) for x in parts)
+        return Draw(self.stage, self.progress, views, size, shift, *masks)
+
+    # ---------------------------------------------------------------------------------------------------------- loop
+
+    def run(self, until: int | None = None) -> None:
+        """Train to the end of the schedule, then write the averaged weights and evaluate them.
+
+        until: stop after this step, as an interruption does: with a checkpoint, to be resumed.
+        """
+        c = self.config
+        self.say(
+            f"{self.name}: {sum(p.numel() for p in self.parameters.values()) / 1e6:.2f} M parameters trained, {self.world} "
+            f"processes, {c.frames} frames per step and process, torch {torch.__version__}"
         )
+        if self.rank == 0:
+            settings = dict(recipe=self.name, **asdict(c))
+            with written_whole(self.out / "config.yaml") as partial:
+                partial.write_text(yaml.safe_dump(settings, sort_keys=False))
+        if c.compile and self.device.type == "cuda":  # compile before the clock starts
+            self._gradients(self.draw())
+            self.optimiser.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            self.say("compiled")
+        handlers = {number: signal.signal(number, self._wish_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        sums: dict[str, Tensor] = {}
+        count = frames = 0
+        begun = logged = saved = time.monotonic()
+        before = self.trained
+        total = c.steps or round(60 * c.minutes)
+        bar = tqdm(total=total, unit="step" if c.steps else "s", disable=None if self.rank == 0 else True)
+        while self.progress < 1 and not self.stop and self.step != until:
+            number, done = self.stage_progress()
+            if number != self.stage_number:
+                self._next_stage(number)
+            rate = learning_rate(self.stage.lr, self.step - self.stage_begun, done, c)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            draw = self.draw()
+            figures = self.update(draw)
+            self.step += 1
+            count += 1
+            frames += len(draw.known) * draw.views * self.world
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0) + value
+            now = time.monotonic()
+            save_now = self._tick(before + now - begun, now - saved > c.save_every)
+            bar.n = min(total, self.step if c.steps else round(self.trained))
+            bar.update(0)
+            if self.rank == 0 and now - logged > LOG_EVERY:
+                self._log(sums, count, frames / (now - logged), rate)
+                sums, count, frames, logged = {}, 0, 0, now
+            if save_now:
+                self.save()
+                saved = now
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if self.rank == 0 and count:
+            self._log(sums, count, frames / max(time.monotonic() - logged, 1e-9), rate)
+        self.save()
+        self.say(f"{self.step} steps, {self.trained:.0f} s of training, {'done' if self.progress >= 1 else 'stopped'}")
+        if self.progress >= 1:
+            self.evaluate()
+        if self.world > 1:
+            dist.barrier()  # for the first one's evaluation
+        if self.events:
+            self.events.close()
+
+    def _gradients(self, draw: Draw) -> dict[str, Tensor]:
+        """Forward and backward; figures to log."""
+        self.recipe.resize(draw.size)
+        batch: Batch = self.data(self.step, len(draw.known), draw.views, draw.size)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            total, figures = self.recipe.loss(self.model, batch, draw)
+        self.optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        return figures
+
+    def update(self, draw: Draw) -> dict[str, Tensor]:
+        """One optimiser step; non-finite gradients skip it on the device, without a synchronisation."""
+        figures = self._gradients(draw)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True))
+        self.optimiser.found_inf = (~torch.isfinite(norm)).float()
+        self.optimiser.step()
+        age = self.step - self.stage_begun
+        decay = min(self.stage.ema, (1 + age) / (10 + age))
+        with torch.no_grad():
+            parameters = [p.detach() for p in self.parameters.values()]
+            torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
+        return dict(figures, grad_norm=norm.detach().clamp(max=1e4), skipped=self.optimiser.found_inf)
+
+    def _wish_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self.wished = True
+
+    def _tick(self, trained: float, save: bool) -> bool:
+        """Take over the time and a wish to stop, from the first process now and then; whether to save now."""
+        if self.world == 1:
+            self.trained, self.stop = trained, self.wished
+            return save
+        if self.step % CLOCK_EVERY:
+            return False
+        state = torch.tensor([trained, self.wished, save], dtype=torch.float64, device=self.device)
+        dist.broadcast(state, 0)
+        self.trained, self.stop, save = state[0].item(), bool(state[1]), bool(state[2])
+        return save
+
+    # -------------------------------------------------------------------------------------------------------- output
 
     def say(self, text: str) -> None:
         """Print and log, from the first process."""
         if self.rank == 0:
             line = f"{time.monotonic() - self.started:6.0f}s {text}"
-            print(line, flush=True)
-            with open(self.args.out / "log.txt", "a") as log:
+            tqdm.write(line)
+            with open(self.out / "log.txt", "a") as log:
                 log.write(line + "\n")
 
-    def update(self, batch: Batch, shift: int) -> dict[str, Tensor]:
-        """One optimiser step; non-finite gradients skip it on the device, without a synchronisation."""
-        images = batch["img"]
-        sequences, views = images.shape[:2]
-        fine, coarse = self.visibility.draw(sequences, views, self.generator)
-        known = (torch.rand(sequences, generator=self.generator, device=self.device) < 0.5)[:, None].expand(-1, views)
-        rays = batch["ray"].permute(0, 3, 1, 2)[:, None].expand(-1, views, -1, -1, -1)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            out = self.model(images, fine, coarse, rays, known, self.args.attention, self.args.top_k)
-        total, figures = losses(out, batch, shift)
-        self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        self.optimiser.found_inf = (~torch.isfinite(norm)).float()
-        self.optimiser.step()
-        return dict(figures, grad_norm=norm.detach().clamp(max=1e4), skipped=self.optimiser.found_inf)
+    def _open_events(self) -> object | None:
+        if not self.config.tensorboard or self.rank:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "tensorboard = True: it is not installed; pip install 'speed3r_ros[train]', or leave it out"
+            ) from error
+        return SummaryWriter(self.out / "events")
 
-    def run(self) -> None:
-        """Train until the schedule or the steps end; then write the averaged weights and evaluate them."""
-        args, span = self.args, self.args.minutes * 60
-        self.say(
-            f"{sum(p.numel() for p in self.parameters) / 1e6:.2f} M parameters, {self.world} processes, "
-            f"{args.frames} frames per step and process, torch {torch.__version__}"
-        )
-        batch = self.dataset.batch(args.frames // VIEWS[0], VIEWS[0])
-        if args.compile and self.device.type == "cuda":  # compile before the clock starts
-            self.update_dry(batch)
-            self.say("compiled")
-        sums: dict[str, Tensor] = {}
-        count = frames = 0
-        begun = logged = saved = time.monotonic()
-        base, progress, first_step = self.trained, 0.0, self.step
-        while True:
-            if (self.step - first_step) % 10 == 0:
-                self.trained = base + time.monotonic() - begun
-                state = torch.tensor(
-                    [self.trained / span, float(self.trained >= span)], dtype=torch.float64, device=self.device
-                )
-                if self.world > 1:
-                    dist.broadcast(state, 0)
-                progress, done = float(state[0]), float(state[1]) > 0
-                if done or (args.steps and self.step - first_step >= args.steps):
-                    break
-            for group in self.optimiser.param_groups:
-                group["lr"] = learning_rate(self.step, progress, args)
-            draw = random.Random(self.step * 7919 + args.seed)  # the same on every process
-            views = draw.choices(VIEWS, VIEW_ODDS)[0]
-            if self.step % 60 == 59:
-                self.dataset.refresh()
-            figures = self.update(self.dataset.batch(args.frames // views, views), draw.randrange(1, views))
-            decay = min(args.ema, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-            self.step += 1
-            count += 1
-            frames += args.frames * self.world
-            for name, value in figures.items():
-                sums[name] = sums.get(name, 0) + value
-            now = time.monotonic()
-            if self.rank == 0 and (now - logged > 20 or args.steps):
-                means = " ".join(f"{name} {float(value) / count:.4g}" for name, value in sums.items())
-                memory = f", {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if self.device.type == "cuda" else ""
-                self.say(f"p {progress:.3f} step {self.step} {means} | {frames / (now - logged):.0f} frames/s{memory}")
-                sums, count, frames, logged = {}, 0, 0, now
-            if self.rank == 0 and now - saved > 100:
-                self._save()
-                saved = time.monotonic()
-        self.say(f"{self.step} steps, {self.trained:.0f} s of training")
-        if self.rank == 0:
-            self._save()
-            self.evaluate()
-        if self.world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+    def _log(self, sums: dict[str, Tensor], count: int, rate: float, lr: float) -> None:
+        """Means since the last time."""
+        means = {name: float(value) / count for name, value in sums.items()}
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if self.device.type == "cuda" else ""
+        text = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+        self.say(f"p {self.progress:.3f} step {self.step} {text} | lr {lr:.2g}, {rate:.0f} frames/s{memory}")
+        if self.events:
+            for name, value in {**means, "lr": lr, "frames per second": rate}.items():
+                self.events.add_scalar(f"train/{name}", value, self.step)
 
-    def update_dry(self, batch: Batch) -> None:
-        """Forward and backward without a step, so that compilation is outside the schedule."""
-        fine, coarse = self.visibility.draw(*batch["img"].shape[:2], self.generator)
-        views = batch["img"].shape[1]
-        rays = batch["ray"].permute(0, 3, 1, 2)[:, None].expand(-1, views, -1, -1, -1)
-        known = torch.ones(batch["img"].shape[:2], dtype=torch.bool, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            out = self.model(batch["img"], fine, coarse, rays, known, self.args.attention, self.args.top_k)
-        losses(out, batch, 1)[0].backward()
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
+    def averaged(self) -> nn.Module:
+        """A float32 copy of the network with the averaged weights, rounded to the fp16 that is written.
 
-    def averaged(self) -> Network:
-        """A float32 copy of the network with the averaged weights, rounded to the fp16 that is shipped."""
-        network = copy.deepcopy(self.network)
+        With FSDP all processes must ask.
+        """
+        average = {name: whole(value) for name, value in self.average.items()}
+        network = copy.deepcopy(self.unsharded or self.network)
         with torch.no_grad():
-            for p, average in zip(network.parameters(), self.average):
-                p.copy_(average.half().float())
-        return network.eval().requires_grad_(False)
+            for name, p in network.named_parameters():
+                if name in average:
+                    p.copy_(average[name].half().float())
+        if isinstance(network, Network):
+            network.resize(*self.sizes[-1])
+        return network.to(self.device).eval().requires_grad_(False)
 
     @torch.compiler.set_stance("force_eager")
     def evaluate(self) -> None:
-        """Held-out rendered sequences, as a table and as JSON."""
+        """Held-out rendered sequences, as a table and as JSON, for the compact network."""
         network, rows = self.averaged(), {}
-        count = 96 if self.device.type == "cuda" else 2
+        if self.rank or not self.config.held_out or not isinstance(network, Network):
+            return
         for split, views in itertools.product(SPLITS, (2, 4, 8, 12, 24)):
             row = evaluate_rendered(
                 network,
-                count,
+                self.config.held_out,
                 views,
                 self.device,
-                attention=self.args.attention,
-                top_k=self.args.top_k,
+                attention=self.stages[-1].attention,
+                top_k=self.config.top_k,
                 seed=100 + views,
                 split=split,
             )
             rows[f"{split}, {views} views"] = row
             self.say(f"held-out {split}, {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        (self.args.out / "held_out.json").write_text(json.dumps(rows, indent=1))
+        with written_whole(self.out / "held_out.json") as partial:
+            partial.write_text(json.dumps(rows, indent=1))
 
-    def _save(self) -> None:
-        weights.save(
-            self.averaged(),
-            self.args.out / "weights",
-            {"trained_seconds": f"{self.trained:.0f}", "steps": str(self.step)},
-        )
-        path = self.args.out / "checkpoint.pt"
-        state = dict(
-            network=self.network.state_dict(),
-            optimiser=self.optimiser.state_dict(),
-            average=self.average,
-            step=self.step,
-            trained=self.trained,
-        )
-        torch.save(state, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+    def save(self) -> None:
+        """Write the checkpoint and the averaged weights, from the first process; with FSDP all must call."""
+        tensors, moments, steps = {}, {}, []
+        for name, p in self.parameters.items():
+            tensors[f"parameter.{name}"], tensors[f"average.{name}"] = whole(p), whole(self.average[name])
+            state = self.optimiser.state.get(p, {})
+            steps.append(float(state.get("step", 0)))
+            if state:
+                moments[f"mean.{name}"], moments[f"square.{name}"] = whole(state["exp_avg"]), whole(state["exp_avg_sq"])
+        network = self.averaged()
+        if self.rank:
+            return
+        note = dict(recipe=self.name, step=self.step, trained=self.trained, stage=self.stage_number)
+        note |= dict(stage_begun=self.stage_begun, steps=steps)
+        checkpoint.write(self.out / "checkpoint", tensors, moments, self.config.optimiser_state, note)
+        if isinstance(network, Network):
+            seconds = {"trained_seconds": f"{self.trained:.0f}", "steps": str(self.step)}
+            weights.save(network, self.out / "weights", seconds)
+        else:
+            (self.out / "weights").mkdir(exist_ok=True)
+            with written_whole(self.out / "weights" / "model.safetensors") as partial:
+                save_file({name: x.half().contiguous() for name, x in network.state_dict().items()}, partial)
 
+    @torch.no_grad()
     def _load(self) -> None:
-        path = self.args.out / "checkpoint.pt"
-        if not path.exists():
-            raise SystemExit(f"--resume: {path} does not exist; leave --resume out to start afresh")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.average, self.step, self.trained = state["average"], state["step"], state["trained"]
+        state, note = checkpoint.read(self.out / "checkpoint")
+        if note["recipe"] != self.name:
+            raise ValueError(f"{self.out}: the checkpoint is of the recipe {note['recipe']}, not {self.name}")
+        self.step, self.trained = note["step"], note["trained"]
+        self.stage_number, self.stage_begun = note["stage"], note["stage_begun"]
+        self._prepare_stage()
+        for (name, p), steps in zip(self.parameters.items(), note["steps"]):
+            full = whole(p)
+            put(p, checkpoint.decode(f"parameter.{name}", state, full))
+            put(self.average[name], checkpoint.decode(f"average.{name}", state, full))
+            if steps:
+                moments = torch.zeros_like(p), torch.zeros_like(p)
+                for moment, kind in zip(moments, ("mean", "square")):
+                    put(moment, checkpoint.decode(f"{kind}.{name}", state, full))
+                steps = torch.tensor(steps, device=p.device)
+                self.optimiser.state[p] = dict(step=steps, exp_avg=moments[0], exp_avg_sq=moments[1])
 
+    def _shard(self) -> None:
+        """Split weights, gradients and the optimiser's state over the processes (FSDP); a step gathers the weights."""
+        if isinstance(self.network, Network):
+            raise ValueError("parallel = 'fsdp': is for backbones; the compact network is small, use ddp")
+        from torch.distributed.fsdp import fully_shard
 
-def main(argv: list[str] | None = None) -> None:
-    """Command-line entry."""
-    Trainer(arguments(argv)).run()
-
-
-if __name__ == "__main__":
-    main()
+        self.unsharded = copy.deepcopy(self.network).cpu()
+        fully_shard(self.network)

@@ -1,0 +1,281 @@
+"""The recipes: what is trained, on what, with which loss. The loop is `trainer`, the settings are in `config`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+
+from speed3r_ros.model import weights
+from speed3r_ros.model.attention import Strategy, dense
+from speed3r_ros.model.backbones import blocks
+from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS
+from speed3r_ros.model.backbones.pi3 import Pi3
+from speed3r_ros.model.backbones.registry import load_backbone
+from speed3r_ros.model.backbones.vggt import Vggt
+from speed3r_ros.model.lite3r import add_linear_branch
+from speed3r_ros.model.memory import visibility
+from speed3r_ros.model.network import Block, Network, NetworkConfig
+from speed3r_ros.model.quantised import train_in_fp8
+from speed3r_ros.model.strategies import STRATEGIES
+from speed3r_ros.training.config import TrainingConfig, image_sizes
+from speed3r_ros.training.distil import (
+    Recorded,
+    attention_loss,
+    distillation_loss,
+    freeze_untrained,
+    geometry,
+    speed3r_student,
+)
+from speed3r_ros.training.losses import Batch, losses, where_counted
+from speed3r_ros.training.render import SPLITS, SceneDataset
+from speed3r_ros.training.sequences import SequenceDataset, open_recording
+
+VIEWS = (2, 4, 6, 8, 12, 16, 24)  # frames of a sequence; drawn per step with the odds below
+VIEW_ODDS = (8, 15, 15, 22, 20, 14, 6)
+FIRST_LONGEST = 4  # frames of the longest sequence when a lengthening curriculum begins
+WINDOW, ANCHORS, BANK = 4, 6, 32  # the deployed memory
+REFRESH = 60  # steps after which a few textures are replaced
+KNOWN = 0.5  # share of sequences whose intrinsics the network is given
+TINY = NetworkConfig(channels=64, encoder_blocks=1, alternating_blocks=1, stem=16, decoder=8)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the schedule, with a learning rate and a moving average of its own. share: of the schedule's length."""
+
+    name: str
+    share: float
+    attention: str
+    bidirectional: bool
+    lr: float
+    ema: float
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a step does, on all processes alike; the masks are this process's part.
+
+    progress: of the whole schedule, in [0, 1]. size: (H, W). shift: frames between the two views that descriptors
+    match. fine, coarse: (B, T, T) bool, see `Network.forward`. known: (B,) bool, whose intrinsics are given.
+    """
+
+    stage: Stage
+    progress: float
+    views: int
+    size: tuple[int, int]
+    shift: int
+    fine: Tensor
+    coarse: Tensor
+    known: Tensor
+
+
+def lengths(config: TrainingConfig, stage_progress: float) -> tuple[list[int], list[int]]:
+    """Lengths of sequences that are drawn now, and their odds."""
+    longest = float(config.longest)
+    if stage_progress < config.lengthening:
+        longest = min(longest, FIRST_LONGEST + (longest - FIRST_LONGEST) * stage_progress / config.lengthening)
+    count = max(1, sum(views <= longest for views in VIEWS))
+    return list(VIEWS[:count]), list(VIEW_ODDS[:count])
+
+
+@lru_cache(4096)
+def deployed_visibility(keyframes: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    """fine and coarse (T, T) bool of the deployed memory, which must not be changed."""
+    return visibility(keyframes, WINDOW, ANCHORS, BANK)
+
+
+def draw_sequences(seeds: list[str], views: int, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A sequence per seed: fine, coarse (B, T, T) bool of random patterns of keyframes, known (B,) bool, on the CPU."""
+    pairs, known = [], []
+    for seed in seeds:
+        draw = random.Random(seed)
+        rate = draw.choice((0.3, 0.6, 1.0))
+        pairs.append(deployed_visibility(tuple(t == 0 or draw.random() < rate for t in range(views))))
+        known.append(draw.random() < KNOWN)
+    fine, coarse = (torch.stack(x) | bidirectional for x in zip(*pairs))
+    return fine, coarse, torch.tensor(known)
+
+
+class RenderedData:
+    """Rendered scenes, so that a batch depends on the seed, the process and the step alone."""
+
+    def __init__(self, device: torch.device, config: TrainingConfig, rank: int) -> None:
+        cuda = device.type == "cuda"
+        self.seed = f"{config.seed} {rank}"
+        self.scenes = SceneDataset(
+            device,
+            1000 + 7919 * rank + config.seed,
+            *image_sizes(config)[0],
+            textures_per_family=24 if cuda else 1,
+            samples=4 if cuda else 1,
+            world=SPLITS[config.scenes],
+            verbose=rank == 0,
+        )
+        self.refreshed = 0
+
+    def batch(self, step: int, sequences: int, views: int, size: tuple[int, int]) -> Batch:
+        """See `SceneDataset.batch`. Steps must not go back; those passed over are caught up with."""
+        while self.refreshed < step // REFRESH:
+            self.refreshed += 1
+            self._reseed(self.scenes.textures.r, f"textures {self.refreshed}")
+            self.scenes.refresh()
+        self._reseed(self.scenes.random, f"step {step}")
+        self.scenes.coin.seed(f"{self.seed} step {step}")
+        self.scenes.height, self.scenes.width = size
+        return self.scenes.batch(sequences, views)
+
+    def _reseed(self, rng: object, of: str) -> None:
+        rng.g.manual_seed(random.Random(f"{self.seed} {of}").getrandbits(62))
+
+
+class RecordedData:
+    """Recorded sequences; a sample depends on the seed, the step and its place in the whole batch of all processes."""
+
+    def __init__(self, device: torch.device, config: TrainingConfig, rank: int) -> None:
+        recordings = [open_recording(path) for path in config.sequences.split(":")]
+        self.seed, self.rank = config.seed, rank
+        self.windows = SequenceDataset(recordings, device, config.longest, config.stride)
+
+    def batch(self, step: int, sequences: int, views: int, size: tuple[int, int]) -> Batch:
+        """See `SequenceDataset.batch`."""
+        first = self.rank * sequences
+        seeds = [f"{self.seed} {step} {i}" for i in range(first, first + sequences)]
+        return self.windows.batch(seeds, views, size)
+
+
+def load_model(name: str) -> nn.Module:
+    """The compact network or a published backbone by the name or path of its weights. ValueError."""
+    return load_backbone(name) if name in CHECKPOINTS else weights.load(name)
+
+
+def predict(model: nn.Module, batch: Batch, draw: Draw, attention: str | Strategy, top_k: int) -> object:
+    """Output of the compact network, under the step's masks, or of a backbone; `model` may be wrapped."""
+    images = batch["img"]
+    if not isinstance(getattr(model, "module", model), Network):
+        return model(images, attention=attention, top_k=top_k)
+    views = images.shape[1]
+    rays = batch["ray"].permute(0, 3, 1, 2)[:, None].expand(-1, views, -1, -1, -1)
+    known = draw.known[:, None].expand(-1, views)
+    return model(images, draw.fine, draw.coarse, rays, known, attention, top_k)
+
+
+class Recipe:
+    """The compact network with ground truth (the recipes `compact` and `finetune`); others change parts of it.
+
+    network: what is trained, where `requires_grad`. teacher: a frozen one beside it, or None. ValueError where weights
+    or sequences are missing or wrong.
+    """
+
+    teacher: nn.Module | None = None
+
+    def __init__(self, config: TrainingConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.network = self.make_network().to(device)
+
+    def make_network(self) -> nn.Module:
+        """The network to be trained, on the CPU."""
+        if self.config.init:
+            return weights.load(self.config.init)
+        return Network(TINY if self.config.network == "tiny" else NetworkConfig())
+
+    def stages(self) -> list[Stage]:
+        """Parts of the schedule."""
+        c = self.config
+        last = Stage("train", 1.0, c.attention, c.bidirectional, c.lr, c.ema)
+        if not getattr(c, "dense_share", 0):
+            return [last]
+        sparse = Stage("sparse", 1 - c.dense_share, c.attention, c.bidirectional, c.lr_sparse, c.ema_sparse)
+        return [Stage("dense", c.dense_share, "dense", True, c.lr, c.ema), sparse]
+
+    def data(self, rank: int) -> Callable[[int, int, int, tuple[int, int]], Batch]:
+        """A function of step, sequences, views and size (H, W) that gives this process's batch."""
+        if self.config.sequences:
+            return RecordedData(self.device, self.config, rank).batch
+        return RenderedData(self.device, self.config, rank).batch
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Let the networks take images of this size (H, W)."""
+        for network in (self.network, self.teacher):
+            if isinstance(network, Network) and (network.config.height, network.config.width) != size:
+                network.resize(*size)
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the network, as `model` wraps it, and figures to log."""
+        return losses(predict(model, batch, draw, draw.stage.attention, self.config.top_k), batch, draw.shift)
+
+
+class Distil(Recipe):
+    """Everything but the image encoder learns a frozen dense teacher's answers to the same images."""
+
+    def make_network(self) -> nn.Module:
+        """The student; the teacher beside it."""
+        c = self.config
+        self.teacher = load_model(c.teacher).requires_grad_(False).to(self.device)
+        if c.student == "backbone":
+            if not isinstance(self.teacher, (Pi3, Vggt)):
+                raise ValueError(
+                    f"student = 'backbone': teacher {c.teacher!r} is neither a Pi3 nor a VGGT; use compact"
+                )
+            student = speed3r_student(self.teacher)
+        elif c.init or not isinstance(self.teacher, Network):
+            student = super().make_network()
+        else:
+            student = weights.load(c.teacher)
+        freeze_untrained(student.requires_grad_(True))
+        return student
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher is dense and sees all frames, whatever its student sees."""
+        every = torch.ones_like(draw.fine)
+        whole = replace(draw, fine=every, coarse=every)
+        with torch.no_grad():
+            teacher = geometry(predict(self.teacher, batch, whole, "dense", self.config.top_k))
+        student = geometry(predict(model, batch, draw, draw.stage.attention, self.config.top_k))
+        return distillation_loss(student, teacher, where_counted(batch["valid"], batch["judged"]))
+
+
+class Lite3R(Recipe):
+    """The projections of the linear branch learn, with FP8 rounding, what sparse attention leaves of dense."""
+
+    def make_network(self) -> nn.Module:
+        """The student; its exact, dense teacher beside it, with the same weights."""
+        c = self.config
+        self.teacher = load_model(c.init).requires_grad_(False).to(self.device)
+        student = load_model(c.init).requires_grad_(False)
+        for weight in self.branch(student) or add_linear_branch(student):
+            weight.requires_grad_(True)
+        if c.fp8:
+            train_in_fp8(student, (Block, blocks.Block))
+        return student
+
+    @staticmethod
+    def branch(model: nn.Module) -> list[nn.Parameter]:
+        """The projections that a model has."""
+        return [parameter for name, parameter in model.named_parameters() if name.endswith("proj_lin.weight")]
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """The task's loss (a backbone's: distillation from itself) + gamma times that of attention outputs."""
+        c = self.config
+        exact, own = Recorded(dense), Recorded(STRATEGIES["lite3r"])
+        with torch.no_grad():
+            truth = predict(self.teacher, batch, draw, exact, c.top_k)
+        out = predict(model, batch, draw, own, c.top_k)
+        if isinstance(self.network, Network):
+            task, figures = losses(out, batch, draw.shift)
+        else:
+            task, figures = distillation_loss(
+                geometry(out), geometry(truth), where_counted(batch["valid"], batch["judged"])
+            )
+        attention = attention_loss(own.outputs, exact.outputs)
+        gamma = c.gamma_end + (c.gamma - c.gamma_end) * (1 + cos(pi * draw.progress)) / 2
+        total = task + gamma * attention
+        return total, figures | dict(loss=total.detach(), attention=attention.detach())
+
+
+RECIPES: dict[str, type[Recipe]] = {"compact": Recipe, "distil": Distil, "lite3r": Lite3R, "finetune": Recipe}
