@@ -160,7 +160,7 @@ def test_quaternions_return_their_rotation():
 
 
 def test_quantile_equals_torch():
-    x = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1001, dtype=torch.float64)  # in float32 torch rounds the place
     for q in (0.0, 0.5, 0.99, 1.0):
         for n in (1, 2, 1000, 1001):
             torch.testing.assert_close(quantile(x[:n], q, torch.ones(n, dtype=torch.bool)), torch.quantile(x[:n], q))
