@@ -50,8 +50,7 @@ def relative_error(value, expected):
     return ((value - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("limits", [LARGE, SMALL], ids=["large", "small"])
-@pytest.mark.parametrize("attention", ["dense", "speed3r"])
+@pytest.mark.parametrize("attention, limits", [("dense", LARGE), ("dense", SMALL), ("speed3r", SMALL)])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_parallel_equals_recurrent(family, attention, limits):
