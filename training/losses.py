@@ -65,11 +65,11 @@ def sequence_scale(z: Tensor, z_true: Tensor, valid: Tensor, t: Tensor, t_true: 
 
 def share_of_batch(count: Tensor) -> Tensor:
     """A count of this process -> its mean over all processes, so that the mean of gradients is that of one large batch."""
+    world = 1
     if dist.is_available() and dist.is_initialized():
-        count = count.clone()
+        count, world = count.clone(), dist.get_world_size()
         dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp_min(1)
+    return count.clamp_min(1) / world
 
 
 def mean_where(x: Tensor, valid: Tensor) -> Tensor:
