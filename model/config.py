@@ -4,7 +4,10 @@ command line, `config/recon.yaml` and the checks all come from this one place.""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS, SINGLE_VIEW
 
@@ -41,6 +44,17 @@ def check(config: Any, prefix: str = "") -> None:
             raise ValueError(f"{name} = {value!r}: must be in [{low}, {high}]")
     if hasattr(config, "check_together"):
         config.check_together(prefix)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML mapping. Raises ValueError with one line, OSError."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
 
 
 @dataclass(frozen=True)

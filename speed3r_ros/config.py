@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from speed3r_ros.model.config import EngineConfig, check, setting
+from speed3r_ros.model.config import EngineConfig, check, read_yaml, setting
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def load_yaml(path: str | Path) -> Config:
     """Config from a ROS parameter file (`/**: ros__parameters:`) or a plain tree. Raises ValueError, OSError."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    tree = read_yaml(path)
     for branch in tree.values():
         if isinstance(branch, dict) and "ros__parameters" in branch:
             tree = branch["ros__parameters"]

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from speed3r_ros.model.config import read_yaml
 from speed3r_ros.training.config import (
     CONFIGS,
     TrainingConfig,
-    load_yaml,
     parse_assignment,
     require_runnable,
     settings_table,
@@ -71,7 +71,7 @@ def read_config(options: argparse.Namespace) -> TrainingConfig:
     config = CONFIGS[options.recipe]()
     file = options.out / "config.yaml" if options.resume else options.config
     if file:
-        values = load_yaml(file)
+        values = read_yaml(file)
         recipe = values.pop("recipe", options.recipe)
         if recipe != options.recipe:
             raise ValueError(f"{file}: settings of the recipe {recipe!r}, not {options.recipe!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -192,17 +191,6 @@ def image_sizes(config: TrainingConfig) -> list[tuple[int, int]]:
     if not sizes:
         raise ValueError("sizes = '': expected HEIGHTxWIDTH, e.g. 168x224")
     return sizes
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML mapping. ValueError with one line; OSError."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    return tree
 
 
 def parse_assignment(text: str, config: TrainingConfig) -> tuple[str, Any]:
