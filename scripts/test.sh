@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv, then run ruff and the whole test suite.
+# Set up .venv, then run ruff and the whole test suite, or only what pytest options choose.
 #   scripts/test.sh [PYTEST OPTION...]     # e.g. -k camera, -x, test/test_engine.py
 set -euo pipefail
 
@@ -12,10 +12,12 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 
-# Nodes of tests talk to one another only: a domain that no robot of this network is likely to use.
-export ROS_DOMAIN_ID=${ROS_DOMAIN_ID:-$((RANDOM % 100 + 1))}
-
 echo "test: ruff check" >&2
 python -m ruff check .
 echo "test: pytest" >&2
-python -m pytest -q --durations=15 "$@"
+if (($#)); then
+  exec python -m pytest -q "$@"
+fi
+python -m pytest -q --durations=15 --numprocesses auto --maxprocesses 8 --dist worksteal -m "not full and not alone"
+echo "test: pytest, what runs in real time" >&2
+python -m pytest -q --durations=5 -m alone

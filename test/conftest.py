@@ -1,10 +1,17 @@
-"""Tests interrupt processes; a shell that runs this suite in the background would have them ignore it."""
+"""What all tests share: whole signals, an interpreter for kernels without a GPU, and peace among processes side by side."""
 
 import os
 import signal
 
 import torch
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this suite in the background ignores it
 if not torch.cuda.is_available():  # before anything imports Triton, which decides by it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Nodes of one worker's tests hear one another only. Domains above 214 are for tests; scripts/demo.sh stays below.
+worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+os.environ["ROS_DOMAIN_ID"] = str(215 + (os.getppid() + worker) % 18)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)

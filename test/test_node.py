@@ -31,10 +31,12 @@ from doubles import DEPTH, K_UNKNOWN, SIZE, SPEED, STEP, TURN  # noqa: E402
 
 tf2_msgs = pytest.importorskip("tf2_msgs.msg", reason="needs tf2_msgs (scripts/build_tf2_msgs.sh)")
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 FRAME = "cam_optical"
 K = [200.0, 0.0, 79.5, 0.0, 210.0, 59.5, 0.0, 0.0, 1.0]
 SHAPE = (120, 160)
+PER_FRAME = ("pose", "odometry", "depth/image", "depth/camera_info", "confidence", "points")
 STEREO = "0.2 0.0 0.5 -0.5 0.5 -0.5 0.5"  # a forward-looking camera 0.2 m ahead and 0.5 m above the base
 
 
@@ -115,11 +117,19 @@ class Rig:
         return message
 
     def answered(self, stamp_ns: int, **kwargs) -> bool:
-        """Send an image and wait for the last message about it."""
-        before = len(self.heard["points"])
+        """Send an image and wait for all messages about it; topics do not wait for one another on their way."""
         self.images.publish(self.image(stamp_ns, **kwargs))
-        self.wait(lambda: len(self.heard["points"]) > before, 10, f"points for stamp {stamp_ns}")
+        for topic in PER_FRAME:
+            self.wait(lambda t=topic: stamp(self.last(t)) == stamp_ns, 30, f"{topic} for stamp {stamp_ns}")
         return True
+
+    def last(self, topic: str):
+        return self.heard[topic][-1] if self.heard[topic] else None
+
+    def facts(self) -> dict[str, str]:
+        """What the last message of diagnostics says of the node's work."""
+        message = self.last("/diagnostics")
+        return {v.key: v.value for s in message.status for v in s.values} if message else {}
 
     def unanswered(self, message: Image) -> None:
         before = len(self.heard["pose"])
@@ -163,8 +173,8 @@ def rig(tmp_path, request):
             rclpy.shutdown()
 
 
-def stamp(message) -> int:
-    return message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+def stamp(message) -> int | None:
+    return message and message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
 
 
 def matrix(p, q) -> np.ndarray:
@@ -190,10 +200,12 @@ def test_every_message_against_its_standard(rig):
     stamps = [1_700_000_000_123_456_789 + i * 33_333_333 for i in range(8)]  # not representable in float64 seconds
     for s in stamps:
         r.answered(s)
-    r.wait(lambda: r.heard["path"] and r.heard["map_points"] and len(r.heard["/diagnostics"]) > 1, 10, "slow topics")
-    for topic in ("pose", "odometry", "depth/image", "depth/camera_info", "confidence", "points"):
-        r.wait(lambda topic=topic: len(r.heard[topic]) == 8, 5, topic)
+    for topic in PER_FRAME:
         assert [stamp(m) for m in r.heard[topic]] == stamps, topic
+    r.wait(lambda: r.last("path") and stamp(r.last("path").poses[-1]) == stamps[-1], 10, "the path up to the last pose")
+    r.wait(lambda: r.last("map_points"), 10, "the map")
+    r.wait(lambda: stamps[-1] in {stamp(t) for m in r.heard["/tf"] for t in m.transforms}, 10, "the last transform")
+    r.wait(lambda: r.facts().get("processed") == "8", 10, "the count of processed frames")
 
     for n, (pose, odometry) in enumerate(zip(r.heard["pose"], r.heard["odometry"])):
         assert pose.header.frame_id == "map"
@@ -213,7 +225,7 @@ def test_every_message_against_its_standard(rig):
             )
     assert r.heard["odometry"][1].pose.pose.position.x > 0.09  # along the optical axis = forward
 
-    path = r.heard["path"][-1]
+    path = r.last("path")
     assert path.header.frame_id == "map" and len(path.poses) == 4  # bounded
     assert [stamp(p) for p in path.poses] == stamps[-4:]
 
@@ -234,7 +246,7 @@ def test_every_message_against_its_standard(rig):
         )
         np.testing.assert_allclose(info.r, np.eye(3).ravel())
 
-    cloud = r.heard["points"][-1]
+    cloud = r.last("points")
     assert cloud.header.frame_id == FRAME and cloud.is_dense and not cloud.is_bigendian
     assert [(f.name, f.offset, f.datatype, f.count) for f in cloud.fields] == [
         ("x", 0, 7, 1),
@@ -249,7 +261,7 @@ def test_every_message_against_its_standard(rig):
     u, v = x / z * expected[0] + expected[2], y / z * expected[4] + expected[5]
     assert abs(u - round(u)) < 1e-4 and abs(v - round(v)) < 1e-4 and 0 <= round(v) < SIZE[0]
 
-    world = r.heard["map_points"][-1]
+    world = r.last("map_points")
     assert world.header.frame_id == "map" and 0 < world.width * world.height <= SIZE[0] * SIZE[1]
     x = np.frombuffer(world.data, "<f4").reshape(-1, 4)[:, 0]
     np.testing.assert_allclose(x, 0.2 + DEPTH, atol=1e-5)  # the wall, in front of the base in the z-up map
@@ -265,10 +277,9 @@ def test_every_message_against_its_standard(rig):
     assert list(odom_to_base) == stamps
     np.testing.assert_allclose(odom_to_base[stamps[-1]], expected_base(7), atol=1e-9)
 
-    tracking, throughput = r.heard["/diagnostics"][-1].status
+    tracking, values = r.last("/diagnostics").status[0], r.facts()
     assert tracking.level == DiagnosticStatus.OK and tracking.name == "speed3r: tracking"
-    values = {v.key: v.value for s in (tracking, throughput) for v in s.values}
-    assert values["processed"] == "8" and values["tracking"] == "tracking" and "unknown" in values["scale"]
+    assert values["tracking"] == "tracking" and "unknown" in values["scale"]
     assert float(values["latency_p95_ms"]) < 1000 and int(values["memory_mb"]) > 10
     assert r.close() == 0
 
@@ -293,8 +304,8 @@ def test_frames_that_the_network_has_no_time_for_are_followed(rig):
     for i in range(count):
         r.images.publish(r.image(start + i * period, pixels=seen_after(i * period / 1e9, wall)))
         r.spin(period / 1e9)
-    r.wait(lambda: r.heard["pose"] and stamp(r.heard["pose"][-1]) == start + (count - 1) * period, 10, "the last pose")
-    r.wait(lambda: r.heard["points"] and stamp(r.heard["points"][-1]) == stamp(r.heard["pose"][-1]), 10, "its points")
+    for topic in PER_FRAME:
+        r.wait(lambda t=topic: stamp(r.last(t)) == start + (count - 1) * period, 10, f"{topic} for the last image")
     r.heard["/diagnostics"].clear()
     r.wait(lambda: r.heard["/diagnostics"], 5, "diagnostics")
 
@@ -309,8 +320,7 @@ def test_frames_that_the_network_has_no_time_for_are_followed(rig):
         moved = SPEED[0] * (stamp(message) - start) / 1e9  # to the right
         np.testing.assert_allclose([p.x, p.y, p.z], [0, -moved, 0], atol=0.03)
     assert [stamp(m) for m in r.heard["odometry"]] == stamps
-    throughput = r.heard["/diagnostics"][-1].status[1]
-    values = {v.key: v.value for v in throughput.values}
+    values = r.facts()
     assert int(values["processed"]) + int(values["dropped"]) <= int(values["received"]) == count
     assert float(values["network_hz"]) < float(values["processed_hz"])
     assert r.close() == 0
@@ -377,25 +387,25 @@ def test_bad_input_is_said_once_and_survived(rig):
 
     r.info(k=np.zeros(9))  # not calibrated
     r.answered(next(tick))
-    np.testing.assert_allclose(r.heard["depth/camera_info"][-1].k, K_UNKNOWN.ravel())
+    np.testing.assert_allclose(r.last("depth/camera_info").k, K_UNKNOWN.ravel())
     for k, shape in ((np.full(9, np.nan), SHAPE), (K, (480, 640))):
         r.info(k, shape)
         r.answered(next(tick))
-        np.testing.assert_allclose(r.heard["depth/camera_info"][-1].k, K_UNKNOWN.ravel())
+        np.testing.assert_allclose(r.last("depth/camera_info").k, K_UNKNOWN.ravel())
     r.info()
     r.answered(next(tick))
-    assert abs(r.heard["depth/camera_info"][-1].k[0] - K[0] * SIZE[1] / SHAPE[1]) < 1e-9
+    assert abs(r.last("depth/camera_info").k[0] - K[0] * SIZE[1] / SHAPE[1]) < 1e-9
 
     repeated = next(tick)
     r.answered(repeated)
     r.unanswered(r.image(repeated))
     r.unanswered(r.image(repeated - 40_000_000))  # overtaken on its way: skipped, and nothing is lost
-    before = r.heard["pose"][-1].pose.pose.position.x
+    before = r.last("pose").pose.pose.position.x
     r.answered(repeated + 5 * 3600 * 10**9)  # hours ahead: goes on from the last pose
-    assert abs(r.heard["pose"][-1].pose.pose.position.x - before) < 1e-9
+    assert abs(r.last("pose").pose.pose.position.x - before) < 1e-9
     r.answered(now)  # back, as when a bag loops: starts anew
     np.testing.assert_allclose(
-        matrix(r.heard["pose"][-1].pose.pose.position, r.heard["pose"][-1].pose.pose.orientation), np.eye(4), atol=1e-9
+        matrix(r.last("pose").pose.pose.position, r.last("pose").pose.pose.orientation), np.eye(4), atol=1e-9
     )
 
     text = r.text()
@@ -434,7 +444,7 @@ def test_services_and_run_time_parameters(rig, tmp_path):
     r.answered(10**18 + 5 * 10**8)
     assert r.call(Trigger, "/speed3r/reset").success
     r.answered(10**18 + 6 * 10**8)
-    assert abs(r.heard["pose"][-1].pose.pose.position.x) < 1e-9
+    assert abs(r.last("pose").pose.pose.position.x) < 1e-9
 
     def change(name, **value):
         parameter = Parameter(name=name, value=ParameterValue(**value))
@@ -442,8 +452,7 @@ def test_services_and_run_time_parameters(rig, tmp_path):
 
     assert change("depth.min_confidence", type=ParameterType.PARAMETER_DOUBLE, double_value=0.0).successful
     r.answered(10**18 + 7 * 10**8)
-    r.wait(lambda: stamp(r.heard["depth/image"][-1]) == 10**18 + 7 * 10**8, 5, "depth")
-    assert np.isfinite(np.frombuffer(r.heard["depth/image"][-1].data, "<f4")).all()
+    assert np.isfinite(np.frombuffer(r.last("depth/image").data, "<f4")).all()
     assert not change("depth.min_confidence", type=ParameterType.PARAMETER_DOUBLE, double_value=7.0).successful
     assert not change("frames.map", type=ParameterType.PARAMETER_STRING, string_value="world").successful  # read only
     described = r.call(DescribeParameters, "/speed3r/describe_parameters", names=["engine.window"]).descriptors[0]
@@ -467,9 +476,9 @@ def test_best_effort_camera_that_is_the_base(rig):
     r.answered(10**18)
     r.answered(10**18 + 10**8)
     assert "subscribed, best_effort" in r.text()
-    T = matrix(r.heard["odometry"][-1].pose.pose.position, r.heard["odometry"][-1].pose.pose.orientation)
+    T = matrix(r.last("odometry").pose.pose.position, r.last("odometry").pose.pose.orientation)
     np.testing.assert_allclose(T[:3, 3], [STEP[2], -STEP[0], -STEP[1]], atol=1e-9)  # z-up although the base is optical
-    assert r.heard["odometry"][-1].child_frame_id == FRAME
+    assert r.last("odometry").child_frame_id == FRAME
     assert r.close() == 0
 
 
@@ -521,7 +530,7 @@ def test_extrinsics_from_tf(rig):
     r.spin(0.5)
     for i in range(1, 4):
         r.answered(10**18 + i * 10**8)
-    T = matrix(r.heard["odometry"][-1].pose.pose.position, r.heard["odometry"][-1].pose.pose.orientation)
+    T = matrix(r.last("odometry").pose.pose.position, r.last("odometry").pose.pose.orientation)
     np.testing.assert_allclose(T, expected_base(2), atol=1e-9)
     assert r.close() == 0
 

@@ -1,7 +1,6 @@
 """The node, fed and recorded over DDS by processes of their own, and the bag command give the same results."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -23,7 +22,6 @@ from speed3r_ros.model.network import Network, NetworkConfig
 
 TINY = NetworkConfig(height=56, width=56, channels=64, encoder_blocks=1, alternating_blocks=1, stem=4, decoder=2)
 COUNT = 10
-ENVIRONMENT = {**os.environ, "ROS_DOMAIN_ID": str(10 + os.getpid() % 30)}
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +49,7 @@ def folders(tmp_path_factory):
 
 
 def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +57,6 @@ def run(*arguments):
 def start(*arguments):
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)],
-        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,7 +1,6 @@
 """The player, as a process of its own, heard by an independent subscriber in this process."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image  # noqa: E402
 
-ENVIRONMENT = {**os.environ, "ROS_DOMAIN_ID": str(40 + os.getpid() % 30)}
 START_NS, STEP_NS, COUNT = 1_700_000_000_123_456_789, 50_000_001, 6
 RELIABLE = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
 
@@ -44,7 +42,6 @@ def images(tmp_path_factory):
 def start_player(*arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "speed3r_ros.play", *map(str, arguments)],
-        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,7 +73,7 @@ class Listener:
 @pytest.fixture
 def listener():
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=int(ENVIRONMENT["ROS_DOMAIN_ID"]))
+    rclpy.init(context=context)
     node = rclpy.create_node("listener", context=context)
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)

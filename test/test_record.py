@@ -1,6 +1,5 @@
 """The recorder, as a process of its own, against messages published over DDS by this process."""
 
-import os
 import resource
 import signal
 import subprocess
@@ -19,13 +18,10 @@ from sensor_msgs.msg import PointCloud2  # noqa: E402
 
 from speed3r_ros.record import header_stamp  # noqa: E402
 
-ENVIRONMENT = {**os.environ, "ROS_DOMAIN_ID": str(70 + os.getpid() % 30)}
-
 
 def start_recorder(*arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "speed3r_ros.record", *map(str, arguments)],
-        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -36,7 +32,7 @@ def start_recorder(*arguments, **options):
 @pytest.fixture
 def node():
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=int(ENVIRONMENT["ROS_DOMAIN_ID"]))
+    rclpy.init(context=context)
     node = rclpy.create_node("publisher", context=context)
     yield node
     node.destroy_node()

@@ -224,6 +224,7 @@ def demo(tmp_path):
     return ["bash", str(ROOT / "scripts/demo.sh"), str(clip), "--out", str(tmp_path / "out")], env, left
 
 
+@pytest.mark.alone
 def test_demo_on_a_clip(demo, tmp_path):
     command, env, left = demo
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
@@ -240,6 +241,7 @@ def test_demo_on_a_clip(demo, tmp_path):
     assert left() == []
 
 
+@pytest.mark.alone
 def test_interrupted_demo_leaves_nothing_running(demo):
     command, env, left = demo
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -256,6 +258,7 @@ def test_interrupted_demo_leaves_nothing_running(demo):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.alone
 def test_profile_delivers_large_best_effort_images(tmp_path):
     """With config/fastdds.xml, images of 0.9 MB reach a best-effort subscriber of another process."""
     pytest.importorskip("rclpy", reason="waits for rclpy")
@@ -283,8 +286,7 @@ else:
     print(len(set(got)))
 """
     profile = str(ROOT / "config" / "fastdds.xml")
-    env = os.environ | {"ROS_DOMAIN_ID": str(uuid.uuid4().int % 100 + 1)}
-    env |= {"FASTRTPS_DEFAULT_PROFILES_FILE": profile, "FASTDDS_DEFAULT_PROFILES_FILE": profile}
+    env = os.environ | {"FASTRTPS_DEFAULT_PROFILES_FILE": profile, "FASTDDS_DEFAULT_PROFILES_FILE": profile}
     receiver = subprocess.Popen([sys.executable, "-c", talk, "receiver"], env=env, stdout=subprocess.PIPE, text=True)
     try:
         subprocess.run([sys.executable, "-c", talk, "sender"], env=env, check=True, timeout=60)
