@@ -251,8 +251,11 @@ class Trainer:
         return figures
 
     def update(self, draw: Draw) -> dict[str, Tensor]:
-        """One optimiser step; non-finite gradients skip it on the device, without a synchronisation."""
-        figures = self._gradients(draw)
+        """One optimiser step."""
+        return self._gradients(draw) | self.apply_gradients()
+
+    def apply_gradients(self) -> dict[str, Tensor]:
+        """Move parameters and their average; non-finite gradients move nothing, on the device, without a synchronisation."""
         norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True))
         self.optimiser.found_inf = (~torch.isfinite(norm)).float()
         self.optimiser.step()
@@ -261,7 +264,7 @@ class Trainer:
         with torch.no_grad():
             parameters = [p.detach() for p in self.parameters.values()]
             torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
-        return dict(figures, grad_norm=norm.detach().clamp(max=1e4), skipped=self.optimiser.found_inf)
+        return dict(grad_norm=norm.detach().clamp(max=1e4), skipped=self.optimiser.found_inf)
 
     def _wish_to_stop(self, number: int, frame: FrameType | None) -> None:
         self.wished = True
