@@ -359,7 +359,7 @@ class AcrossViews:
     unmasked: bool
     sensitive: frozenset[int]
     memory: Memory | None
-    always: Tensor | None
+    always: Visible | None
 
     @staticmethod
     def of(
@@ -377,7 +377,8 @@ class AcrossViews:
     ) -> AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
-        width: of a head. rounded: see `rotary`. sight: None = all views see all. ValueError if there is no such strategy, or
+        width: of a head. rounded: see `rotary`. sight: None = all views see all. always: numbers (R,) of the views that
+        `Layer.always` shows to those that see them, None for none. ValueError if there is no such strategy, or
         if it cannot do without later views.
         """
         strategy, pooled = strategy_for(attention, sight is None), None
@@ -388,8 +389,11 @@ class AcrossViews:
             fine = coarse = Visible(torch.ones(1, views, views, dtype=torch.bool, device=at.device))
         else:  # lists of visible views are made anew for each call, so that a CUDA graph makes them too
             fine, coarse, memory = Visible(sight.fine), Visible(sight.coarse), sight.memory
+        shown = None
+        if always is not None:
+            shown = Visible(fine.table & torch.zeros_like(fine.table).index_fill(2, always, True))
         return AcrossViews(
-            views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, always
+            views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, shown
         )
 
     def before(self, block: Block, x: Tensor, number: int) -> tuple[Tokens, Tokens, Tokens]:
