@@ -370,8 +370,8 @@ class AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
         width: of a head. rounded: see `rotary`. sight: None = all views see all. always: numbers (R,) of the views that
-        `Layer.always` shows to those that see them, None for none. ValueError if there is no such strategy, or
-        if it cannot do without later views.
+        `Layer.always` shows to those that see them, None for none. ValueError if there is no such strategy, or if it cannot do
+        without later views.
         """
         strategy, pooled = strategy_for(attention, sight is None), None
         if strategy.in_blocks:
