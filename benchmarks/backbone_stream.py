@@ -1,6 +1,6 @@
 """Time of one streaming step of published backbones at their real sizes, with random weights, and the memory that it takes.
 
-python benchmarks/backbone_stream.py pi3 vggt-1b da3-small --attention dense
+python benchmarks/backbone_stream.py pi3 vggt-1b da3-small --attention dense --precision bf16 fp8
 On a CPU, add --frames 20; each frame of the large ones takes many seconds there.
 """
 
@@ -21,9 +21,9 @@ from speed3r_ros.model.streaming import BACKBONE_SIZE
 
 
 @torch.inference_mode()
-def measure(name: str, attention: str, frames: int) -> str:
+def measure(name: str, attention: str, precision: str, frames: int) -> str:
     """A row of the table. All frames are keyframes; the first half, while the memory fills, is left out."""
-    config = EngineConfig(model=name)
+    config = EngineConfig(model=name, precision=precision)
     device, dtype = select_device(config)
     network = Incremental(build_backbone(name, device), BACKBONE_SIZE).precision(dtype)
     memory = network.new_memory(config.window, config.anchors, config.bank, attention)
@@ -50,13 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="of backbones for several views")
     parser.add_argument("--attention", nargs="*", default=["dense", "speed3r"])
+    precisions = ("auto", "fp32", "bf16", "fp8")
+    parser.add_argument("--precision", nargs="+", default=["auto"], choices=precisions, help="as engine.precision")
     parser.add_argument("--frames", type=int, default=300)
     args = parser.parse_args()
     print("| model | attention | device | step p50 / p95, ms | one memory, GiB | weights, GiB |")
     print("|---" * 6 + "|")
     for name in args.names:
         for attention in args.attention:
-            print(measure(name, attention, args.frames), flush=True)
+            for precision in args.precision:
+                print(measure(name, attention, precision, args.frames), flush=True)
 
 
 if __name__ == "__main__":

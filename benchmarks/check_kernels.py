@@ -262,6 +262,13 @@ def check_selection(case: Case, q: Tensor, k: Tensor, index: Tensor, visible: Te
     return "not the best" if (best - worst > 1e-5 * scale).any() else ""
 
 
+def some_shown(fine: Tensor) -> Tensor:
+    """Within a table (B or 1, T, N) of visible frames: the first one to all, as in VGGT, and others to some."""
+    shown = torch.rand(fine.shape, device=DEVICE) < 0.1
+    shown[..., 0] = True
+    return fine & shown
+
+
 def check_attention(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     """Coarse attention, choice and selected attention of one case."""
     t, n, g, s = case.frames, case.resident, case.blocks, case.specials
@@ -287,20 +294,23 @@ def check_attention(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     row.note, row.failed = f"{row.note} {wrong}".strip(), row.failed or bool(wrong)
     yield row
 
+    shown = some_shown(fine)
+    others = coarse_attention_triton(q, k, v, Visible(coarse), Visible(fine & ~shown), case.top_k, case.group)[1]
     q, k, v = (draw(case.heads, case.batch, count * case.length, case.width, dtype) for count in (t, n, n))
     hide(fine.any(1), case.length, k, v)
     compressed = draw(case.heads, case.batch, t * g, case.width, dtype)
     gate = torch.rand(case.batch, t * case.length, case.heads, 2, device=DEVICE).to(dtype).transpose(1, 2)
-    poison()
-    args = index, compressed, gate, Visible(fine), s, case.group
-    out, again = (selected_attention_triton(q, k, v, *args) for _ in range(2))
-    part = [pick(x, frames, heads, t) for x in (q, index, compressed, gate)]
-    part = [x.double() if x.is_floating_point() else x for x in part]
-    ks, vs = k[:, heads].double(), v[:, heads].double()
-    args = part[3], Visible(fine[:, frames]), s, case.group
-    ref = selected_attention_reference(part[0], ks, vs, part[1], part[2], *args)
-    terms = selected_attention_reference(part[0], ks, vs.abs(), part[1], part[2].abs(), *args)
-    yield compare(case.name, "selected", dtype, pick(out, frames, heads, t), ref, terms, torch.equal(out, again))
+    for name, choice, whole in (("selected", index, None), ("selected, shown", others, shown)):
+        poison()
+        rest = compressed, gate, Visible(fine), s, case.group, None if whole is None else Visible(whole)
+        out, again = (selected_attention_triton(q, k, v, choice, *rest) for _ in range(2))
+        part = [pick(x, frames, heads, t) for x in (q, choice, compressed, gate)]
+        part = [x.double() if x.is_floating_point() else x for x in part]
+        ks, vs = k[:, heads].double(), v[:, heads].double()
+        rest = part[3], Visible(fine[:, frames]), s, case.group, None if whole is None else Visible(whole[:, frames])
+        ref = selected_attention_reference(part[0], ks, vs, part[1], part[2], *rest)
+        terms = selected_attention_reference(part[0], ks, vs.abs(), part[1], part[2].abs(), *rest)
+        yield compare(case.name, name, dtype, pick(out, frames, heads, t), ref, terms, torch.equal(out, again))
 
 
 def check_frames(case: Case, dtype: torch.dtype) -> Iterator[Row]:
@@ -490,20 +500,24 @@ def check_backward(case: Case, dtype: torch.dtype) -> Iterator[Row]:
     tokens = [draw(h, case.batch, rows * case.length, d, dtype) for rows in (t, n, n)]
     hide(fine.any(1), case.length, *tokens[1:])
     compressed, index = coarse_attention_triton(*pooled, *shown, case.top_k, case.group)
+    whole = some_shown(fine)
+    others = coarse_attention_triton(*pooled, shown[0], Visible(fine & ~whole), case.top_k, case.group)[1]
     gate = torch.rand(case.batch, t * case.length, h, 2, device=DEVICE).to(dtype).transpose(1, 2)
+    selected = SelectedAttention.apply, selected_attention_reference, [*tokens, compressed, gate]
 
     def choose(run: Callable[..., object]) -> Callable[..., object]:
         return lambda *x: run(*x, *shown, case.top_k, case.group)
 
-    def select(run: Callable[..., object]) -> Callable[..., object]:
-        return lambda q, k, v, c, w: run(q, k, v, index, c, w, hidden, s, case.group)
+    def select(index: Tensor, whole: Visible | None) -> Callable[..., object]:
+        return lambda run: lambda q, k, v, c, w: run(q, k, v, index, c, w, hidden, s, case.group, whole)
 
     def attend(run: Callable[..., object]) -> Callable[..., object]:
         return lambda *x: run(*(y.unflatten(2, (-1, case.length)) for y in x), hidden)
 
     for name, bind, run, reference, inputs in (
         ("coarse", choose, CoarseAttention.apply, coarse_attention_reference, pooled),
-        ("selected", select, SelectedAttention.apply, selected_attention_reference, [*tokens, compressed, gate]),
+        ("selected", select(index, None), *selected),
+        ("selected, shown", select(others, Visible(whole)), *selected),
         ("frames", attend, FrameAttention.apply, frame_attention_reference, tokens),
     ):
         weight = torch.randn(inputs[0].shape, device=DEVICE).to(dtype)

@@ -2,11 +2,12 @@
 
     python benchmarks/strategies.py                                    # on a GPU with 139 GiB; about half an hour
     python benchmarks/strategies.py --backbones pi3 --strategies dense spark3r --views 256
+    python benchmarks/strategies.py --precision bf16 fp8               # one beside the other
     python benchmarks/strategies.py --parts                            # as `speed3r reconstruct --offline` runs them
     python benchmarks/strategies.py --tiny                             # on a CPU in seconds, to see that it runs
 
-Published sizes, from images to points and poses; bf16, or `--precision fp8`. Dense attention is the library's fastest, cuDNN's.
-Differences are those of the outputs from dense attention's in the same run. Unless `--checkpoint` is given, weights are
+Published sizes, from images to points and poses. Dense attention is the library's fastest, cuDNN's. Times and differences
+are to dense attention's of the same run, in the first precision. Unless `--checkpoint` is given, weights are
 random (one seed, LayerScale 0.3 so that blocks matter): then the differences say that a strategy is an approximation of dense
 attention and how close, but nothing about accuracy. Views are crops of one random texture, 8 pixels apart. Prints Markdown.
 With `--parts` images start on the host and maps return there a chunk of views at a time; else both stay on the GPU.
@@ -47,11 +48,13 @@ TINY = {
     "vggt-1b": lambda: Vggt(VggtConfig(128, 2, 1, 5, 4, 4, 1, 4, 32, (8, 8, 8, 8), (0, 1, 2, 3), TrackerConfig(8, 16))),
     "da3-large": lambda: Da3(Da3Config(128, 2, 6, 2, (2, 3, 4, 5), 32, (8, 8, 8, 8), table=5)),
 }
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": "fp8"}
+HEADER = "| views | precision | attention | s | times dense | peak, GiB | depth differs, median | p95 | rotation, deg |"
 PATIENCE = 40.0  # seconds; once its runs have taken so long, a configuration is not repeated
 
 
-def make(name: str, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The backbone on the device, in the run's precision, with projections for Lite3R."""
+def make(name: str, precision: str, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The backbone on the device, in this precision, with projections for Lite3R."""
     torch.manual_seed(0)
     if args.checkpoint:
         model = load_backbone(name, args.checkpoint).to(device)
@@ -61,7 +64,7 @@ def make(name: str, args: argparse.Namespace, device: torch.device) -> nn.Module
             nn.init.constant_(scale.gamma, 0.3)
     if not hasattr(model.across_views[0].attn, "proj_lin"):
         add_linear_branch(model)
-    return model.precision({"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": "fp8"}[args.precision])
+    return model.precision(PRECISIONS[precision])
 
 
 def sequence(views: int, height: int, width: int, device: torch.device) -> Tensor:
@@ -145,7 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--size", type=int, nargs=2, default=(392, 504), help="height and width, multiples of 56 pixels"
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16"], help="one after the other")
     parser.add_argument("--checkpoint", help="published weights of the one backbone that is named")
     parser.add_argument("--parts", action="store_true", help="images and maps on the host, the GPU sees chunks of them")
     parser.add_argument("--tiny", action="store_true")
@@ -155,27 +158,32 @@ def main() -> None:
     if args.tiny and (args.checkpoint or not TINY.keys() >= set(args.backbones)):
         parser.error(f"--tiny has random weights, and of {', '.join(TINY)} alone")
     if args.tiny:
-        args.views, args.size, args.precision = [4, 101], (56, 56), "fp32"
+        args.views, args.size, args.precision = [4, 101], (56, 56), ["fp32"]
     device = torch.device("cpu" if args.tiny else "cuda")
     name = "CPU" if args.tiny else torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, {args.precision}, {args.size[1]} x {args.size[0]} pixels")
+    print(f"{name}, torch {torch.__version__}, {args.size[1]} x {args.size[0]} pixels")
     for backbone in args.backbones:
-        model = make(backbone, args, device)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"\n### {backbone}, {'trained' if args.checkpoint else 'random'} weights, {millions:.0f} M parameters\n")
-        print("| views | attention | s | times dense | peak, GiB | depth differs, median | p95 | rotation, deg |")
-        print("|---|---|---|---|---|---|---|---|")
-        for views in args.views:
-            images, base = sequence(views, *args.size, torch.device("cpu") if args.parts else device), None
-            for strategy in sorted(args.strategies, key=lambda name: name != "dense"):
-                cells, result = row(model, images, strategy, base, bool(args.checkpoint), args.parts)
-                base = result if strategy == "dense" else base
-                print(f"| {views} | {strategy} | {cells} |", flush=True)
-                gc.collect()
-                if not args.tiny:
-                    torch.cuda.empty_cache()
-        del model, images
-        gc.collect()
+        bases: dict[int, tuple | None] = {}
+        for precision in args.precision:
+            model = make(backbone, precision, args, device)
+            if precision == args.precision[0]:
+                weights = "trained" if args.checkpoint else "random"
+                millions = sum(x.numel() for x in model.state_dict().values()) / 1e6  # in FP8 they are buffers
+                print(f"\n### {backbone}, {weights} weights, {millions:.0f} M parameters\n")
+                print(HEADER)
+                print("|---" * 9 + "|")
+            for views in args.views:
+                images = sequence(views, *args.size, torch.device("cpu") if args.parts else device)
+                for strategy in sorted(args.strategies, key=lambda name: name != "dense"):
+                    cells, result = row(model, images, strategy, bases.get(views), bool(args.checkpoint), args.parts)
+                    if strategy == "dense":
+                        bases.setdefault(views, result)
+                    print(f"| {views} | {precision} | {strategy} | {cells} |", flush=True)
+                    gc.collect()
+                    if not args.tiny:
+                        torch.cuda.empty_cache()
+            del model, images
+            gc.collect()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Special queries attend densely, which is `frames.frame_attention`. The 16 querie
 tokens of the frames that they see and to the tokens of their chosen blocks; the epilogue adds the gated compressed output.
 Where the special tokens are many, or the queries one new frame's, a dense launch of their own passes its softmax state on;
 else each block of queries reads them along. What needs no choice of blocks may begin before it is made (`begin_selected`).
+Frames shown whole, the same to all blocks and heads, are a dense launch too: no list of their blocks exists.
 
 16 queries per gathered key do 16 operations per byte, which the cache in front of the multiprocessors cannot feed at the
 rate of the tensor cores; `group` lets neighbouring blocks share a selection and thereby their keys. Each warp owns the 16
@@ -39,7 +40,15 @@ WORKSPACE = 2**29  # bytes at most for softmax states between launches; more hea
 
 
 def check(
-    q: Tensor, k: Tensor, index: Tensor, compressed: Tensor, gate: Tensor, fine: Visible, specials: int, group: int
+    q: Tensor,
+    k: Tensor,
+    index: Tensor,
+    compressed: Tensor,
+    gate: Tensor,
+    fine: Visible,
+    specials: int,
+    group: int,
+    shown: Visible | None,
 ) -> tuple[int, int, int, int]:
     """T, N, tokens L and blocks G per frame of the arguments of `selected_attention`; ValueError if they do not fit."""
     (b, h, rows, d), (frames, resident) = q.shape, fine.table.shape[1:]
@@ -55,6 +64,8 @@ def check(
     for name, (x, shape) in expected.items():
         if x.shape != shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
+    if shown is not None and shown.table.shape != fine.table.shape:
+        raise ValueError(f"shown has shape {tuple(shown.table.shape)}, expected fine's {tuple(fine.table.shape)}")
     if blocks < 1:
         raise ValueError(f"{length} tokens per frame, of which {specials} are special, leave no block of {BLOCK}")
     return frames, resident, length, blocks
@@ -153,14 +164,17 @@ def selected_attention_reference(
     fine: Visible,
     specials: int,
     group: int = 1,
+    shown: Visible | None = None,
 ) -> Tensor:
     """Plain torch; arguments and results of `selected_attention`."""
-    frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group)
+    frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group, shown)
     b, h = q.shape[:2]
     chosen = torch.zeros(*index.shape[:3], resident * blocks + 1, dtype=torch.bool, device=q.device)
     chosen = chosen.scatter_(-1, index.long() % (resident * blocks + 1), True)[..., :-1]  # -1 falls into the last place
     chosen = chosen.view(b, h, frames, -1, 1, resident, blocks).expand(-1, -1, -1, -1, group, -1, -1)
     chosen = chosen.flatten(3, 4)[:, :, :, :blocks]
+    if shown is not None:
+        chosen = chosen | shown.table[:, None, :, None, :, None]
     table = fine.table
     mask = table[:, None, :, None, :, None].repeat(b // len(table), h, 1, length, 1, length)
     mask[:, :, :, specials:, :, specials:] &= chosen.repeat_interleave(BLOCK, 3).repeat_interleave(BLOCK, 5)
@@ -199,6 +213,8 @@ if triton is not None:
         out,
         partial,
         partial_lse,
+        whole,
+        whole_lse,
         attended,
         lse,
         compressed,
@@ -243,13 +259,15 @@ if triton is not None:
         GROUP: tl.constexpr,
         STEP: tl.constexpr,
         PASSED_ON: tl.constexpr,
+        SHOWN: tl.constexpr,
         SAVED: tl.constexpr,
         WIDE: tl.constexpr,
     ):
         """The queries of GROUP neighbouring blocks against special tokens and chosen blocks, 16 * STEP tokens at a time.
 
-        v has the strides of k. PASSED_ON: `partial` and `partial_lse` hold the attention to the S special tokens. SAVED:
-        keep the attention before the gate and the logarithm of its sum of exponentials, for the backward pass.
+        v has the strides of k. PASSED_ON: `partial` and `partial_lse` hold the attention to the S special tokens. SHOWN:
+        `whole` and `whole_lse` hold that to the patches of the frames shown whole. SAVED: keep the attention before the gate
+        and the logarithm of its sum of exponentials, for the backward pass.
         """
         GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
         t, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
@@ -283,6 +301,16 @@ if triton is not None:
                     key = tl.load(k + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
                     value = tl.load(v + row[:, None] + d[None, :], mask=live[:, None], other=0.0)
                     m, l, acc = _attend(query, key, value, live, m, l, acc, scale)
+        if SHOWN:
+            state = (tl.program_id(1).to(tl.int64) * T + t) * (G * 16) + x
+            m_shown = tl.load(whole_lse + state, mask=inside, other=float("-inf")) * 1.4426950408889634
+            m_new = tl.maximum(m, m_shown)
+            origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+            shrink, grow = tl.exp2(m - origin), tl.exp2(m_shown - origin)
+            attended_whole = tl.load(whole + state[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+            acc = acc * shrink[:, None] + attended_whole * grow[:, None]
+            l = l * shrink + grow
+            m = m_new
         for start in range(0, K, STEP):
             place = start + j // 16
             block = tl.load(index + place, mask=place < K, other=-1)
@@ -472,6 +500,7 @@ def attend_to_selected(
     fine: Visible,
     specials: int,
     group: int = 1,
+    shown: Visible | None = None,
     sizes: dict[str, int] | None = None,
     passed_on: bool | None = None,
     save: bool = False,
@@ -484,7 +513,7 @@ def attend_to_selected(
     whether patches of several frames attend to special tokens in a launch of its own, by default if that is more than to
     their chosen blocks; those of one frame do. begun: what `begin` returned for the same arguments, if it was called before.
     """
-    frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group)
+    frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group, shown)
     begun = begun or begin(q, k, v, fine, specials)
     out, special_lse = begun.out, begun.lse
     b, h, _, d = q.shape
@@ -499,17 +528,21 @@ def attend_to_selected(
     if save:
         attended = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         attended_lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-    turn = max(1, WORKSPACE // (4 * b * frames * blocks * BLOCK * d)) if passed_on and not begun.passed_on else h
+    states = 0 if begun.passed_on else passed_on + (shown is not None)  # of one frame they are small
+    turn = max(1, WORKSPACE // (4 * b * frames * blocks * BLOCK * d * states)) if states else h
     for first in range(0, h, turn):
         heads = slice(first, first + turn)
         qs, ks, vs, cs, gs, os = (x[:, heads] for x in (q, k, v, compressed, gate, patches))
-        lse = partial = out  # not read unless passed on
+        lse = partial = whole_lse = whole = out  # not read unless passed on or shown
         if begun.passed_on:
             partial, lse = begun.passed_on
             begun.beside.wait()
         elif passed_on:
             partial = torch.empty(qs.shape, dtype=torch.float32, device=q.device)
             lse = frame_attention_triton(qs, ks[:, :, :, :specials], vs[:, :, :, :specials], fine, out=partial)[1]
+        if shown is not None:
+            whole = torch.empty(qs.shape, dtype=torch.float32, device=q.device)
+            whole_lse = frame_attention_triton(qs, ks[:, :, :, specials:], vs[:, :, :, specials:], shown, out=whole)[1]
         grid = (frames * triton.cdiv(blocks, group), b * qs.shape[1])
         _selected[grid](
             qs,
@@ -520,6 +553,8 @@ def attend_to_selected(
             os,
             partial,
             lse,
+            whole,
+            whole_lse,
             attended[:, heads],
             attended_lse[:, heads],
             cs,
@@ -542,6 +577,7 @@ def attend_to_selected(
             D=d,
             GROUP=group,
             PASSED_ON=passed_on,
+            SHOWN=shown is not None,
             SAVED=save,
             WIDE=wide(ks),
             **(sizes or step_sizes(group, grid[0] * grid[1], q.dtype, q.device)),
@@ -597,16 +633,17 @@ class SelectedAttention(torch.autograd.Function):
         fine: Visible,
         specials: int,
         group: int,
+        shown: Visible | None = None,
         begun: Begun | None = None,
     ) -> Tensor:
         """See `selected_attention`."""
         save = any(ctx.needs_input_grad)
         out, *saved = attend_to_selected(
-            q, k, v, index, compressed, gate, fine, specials, group, save=save, begun=begun
+            q, k, v, index, compressed, gate, fine, specials, group, shown, save=save, begun=begun
         )
         if save:
             ctx.save_for_backward(q, k, v, index, compressed, gate, out, *saved)
-            ctx.fine, ctx.specials, ctx.group = fine, specials, group
+            ctx.fine, ctx.shown, ctx.specials, ctx.group = fine, shown, specials, group
         return out
 
     @staticmethod
@@ -631,6 +668,10 @@ class SelectedAttention(torch.autograd.Function):
         parts = chosen_backward(*patches, index, of_attended, lse, delta, ctx.group)
         for total, part in zip(grads, parts):
             total[:, :, :, specials:] += part
+        if ctx.shown is not None:
+            parts = frame_attention_backward(*patches, ctx.shown, of_attended, lse, delta)
+            for total, part in zip(grads, parts):
+                total[:, :, :, specials:] += part
         if specials:
             k_special, v_special = (x[:, :, :, :specials] for x in (k, v))
             parts = frame_attention_backward(patches[0], k_special, v_special, ctx.fine, of_attended, lse, delta)
@@ -644,7 +685,7 @@ class SelectedAttention(torch.autograd.Function):
             grads[1] += parts[1]
             grads[2] += parts[2]
         results = [total.to(x.dtype).flatten(2, 3) for total, x in zip(grads, (q, k, v))]
-        return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), *[None] * 4
+        return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), *[None] * 5
 
 
 def begin_selected(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int) -> Begun | None:
@@ -667,6 +708,7 @@ def selected_attention(
     fine: Visible,
     specials: int,
     group: int = 1,
+    shown: Visible | None = None,
     begun: Begun | None = None,
 ) -> Tensor:
     """Fine attention of every query block to its chosen key blocks, and the gated sum with the compressed output.
@@ -674,16 +716,15 @@ def selected_attention(
     q: (B, H, T * L, D). k, v: (B, H, N * L, D), strided views allowed. index: (B, H, T * ceil(G / group), K) int32 from
     `coarse.coarse_attention`: distinct key blocks of visible frames, -1 for none. compressed: (B, H, T * G, D). gate:
     (B, H, T * L, 2), after the sigmoid. fine: of a table (B or 1, T, N). The 16 queries of a block attend to the tokens of its
-    chosen blocks and to the first `specials` tokens of every frame that they see; their output is
-    gate[..., 0] * compressed + gate[..., 1] * attended. Special queries attend to all tokens of those frames, ungated.
+    chosen blocks, to all tokens of the frames `shown` to them and to the first `specials` tokens of every frame that they
+    see; their output is gate[..., 0] * compressed + gate[..., 1] * attended. shown: of a table like fine's and within it, or
+    None for no frame; none of their blocks may be in the index. Special queries attend to all tokens of those frames, ungated.
     begun: what `begin_selected` returned for the same arguments. Returns (B, H, T * L, D), stored so that
     `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
     """
     if begun is not None or on_kernels(q):
-        return SelectedAttention.apply(q, k, v, index, compressed, gate, fine, specials, group, begun)
-    if on_gathered(q, fine):
-        check(q, k, index, compressed, gate, fine, specials, group)
-        run = selected_attention_gathered
-    else:
-        run = selected_attention_reference
-    return run(q, k, v, index, compressed, gate, fine, specials, group)
+        return SelectedAttention.apply(q, k, v, index, compressed, gate, fine, specials, group, shown, begun)
+    if shown is None and on_gathered(q, fine):
+        check(q, k, index, compressed, gate, fine, specials, group, None)
+        return selected_attention_gathered(q, k, v, index, compressed, gate, fine, specials, group)
+    return selected_attention_reference(q, k, v, index, compressed, gate, fine, specials, group, shown)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,8 +45,8 @@ class Layer:
 
     number: from 0 among the network's layers across frames. sensitive: whether it bears few keys badly (Spark3R). unmasked:
     whether all frames see all, known on the host. reference: (B,), the frame that a sequence is measured against; None = the
-    first. linear: projection D -> D of the linear branch (Lite3R), if the network has one. always: (R,) frames whose tokens
-    all queries that may see them attend to, whatever they choose (Speed3R); None for none.
+    first. linear: projection D -> D of the linear branch (Lite3R), if the network has one. always: of a table within that of
+    the visible frames, those whose tokens a frame's queries all attend to, whatever they choose (Speed3R); None for none.
     """
 
     number: int = 0
@@ -55,7 +54,7 @@ class Layer:
     unmasked: bool = False
     reference: Tensor | None = None
     linear: nn.Module | None = None
-    always: Tensor | None = None
+    always: Visible | None = None
 
 
 SOME_LAYER = Layer()
@@ -150,23 +149,12 @@ class Speed3R(Strategy):
     ) -> Tensor:
         """See `Strategy.__call__`."""
         begun = begin_selected(q.fine, k.fine, v.fine, fine, specials)
-        if layer.always is None:
-            compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
-        else:
-            compressed, index = choose_beside(layer.always, q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
-        return selected_attention(q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials, begun=begun)
-
-
-def choose_beside(
-    always: Tensor, q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """`coarse_attention` whose choice is all blocks of the frames `always`, and the best of the others."""
-    others = Visible(fine.table.index_fill(2, always, False))
-    compressed, index = coarse_attention(q, k, v, coarse, others, top_k)
-    blocks = q.shape[2] // fine.table.shape[1]
-    number = always[:, None] * blocks + torch.arange(blocks, device=q.device)
-    shown = number.where(fine.table[:, :, always, None], -1).flatten(2).repeat_interleave(blocks, 1)[:, None].int()
-    return compressed, torch.cat([shown.expand(*index.shape[:3], -1), index], -1)
+        always = layer.always
+        choosable = fine if always is None else Visible(fine.table & ~always.table)
+        compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, choosable, top_k)
+        return selected_attention(
+            q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials, shown=always, begun=begun
+        )
 
 
 dense, speed3r = Dense(), Speed3R()

@@ -91,8 +91,8 @@ class EngineConfig:
     precision: str = setting(
         "auto",
         "of matrix products; auto = bf16 where the hardware has it, else int8 (x86 CPUs) or fp32; of backbones bf16 on a GPU, "
-        "else fp32",
-        choices=("auto", "fp32", "bf16", "int8"),
+        "else fp32; fp8 = the blocks' wide layers in E4M3, the rest in bf16, on NVIDIA GPUs of compute capability 8.9 and above",
+        choices=("auto", "fp32", "bf16", "fp8", "int8"),
     )
     threads: int = setting(0, "CPU threads of the network; 0 = all cores", low=0, high=256)
     window: int = setting(4, "recent frames whose fine keys and values stay in memory", low=1, high=64)
@@ -127,7 +127,7 @@ class EngineConfig:
         if self.model == "compact":
             return  # its sizes are those of its weights
         if self.precision == "int8":
-            raise ValueError(f"{prefix}precision = 'int8': only compact runs in it; use auto, bf16 or fp32")
+            raise ValueError(f"{prefix}precision = 'int8': only compact runs in it; use auto, fp8, bf16 or fp32")
         step = 56 if self.strategy == "speed3r" else 14
         for name in ("height", "width"):
             if (side := getattr(self, name)) % step:

@@ -21,7 +21,7 @@ from speed3r_ros.model.config import EngineConfig, check
 from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Prediction
-from speed3r_ros.model.quantised import Int8Linear
+from speed3r_ros.model.quantised import Int8Linear, require_fp8_units
 from speed3r_ros.model.streaming import StreamingNetwork, load_network
 from speed3r_ros.model.types import Estimate, Frame, Tracking, resize_intrinsics
 
@@ -50,8 +50,8 @@ class Segment:
     keyframes: int = 0
 
 
-def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """Device and matrix precision that `auto` stands for here. Raises ValueError for those that are not there."""
+def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype | str]:
+    """Device and matrix precision, a type or "fp8", that `auto` stands for here. ValueError for those that are not there."""
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ValueError(
@@ -61,8 +61,11 @@ def select_device(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     int8 = device.type == "cpu" and Int8Linear.supported()
     if config.precision == "int8" and not int8:
         raise ValueError("engine.precision = 'int8': needs an x86 CPU with AVX2; use auto, bf16 or fp32")
+    if config.precision == "fp8":
+        require_fp8_units(device, "engine.precision")
     if config.precision != "auto":
-        return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[config.precision]
+        names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": "fp8", "int8": torch.int8}
+        return device, names[config.precision]
     if config.model != "compact" and device.type == "cpu":
         return device, torch.float32
     bf16 = (

@@ -10,7 +10,7 @@ and checkpoints may hold it (`proj_lin.weight`). What the paper and its code dis
 
 The authors replace every attention of a network, also inside views; here only the attention across views, the part whose
 cost grows with the square of their number. So their checkpoints, whose other layers have projections too, do not fit. The
-method's FP8 layers are a precision here, `precision("fp8")` of a backbone, with any strategy.
+method's FP8 layers are a precision here, `engine.precision: fp8`, with any strategy.
 
 The projections are trained by the recipe `lite3r` of `training/`.
 """

@@ -24,7 +24,7 @@ from speed3r_ros.kernels.qkv import BLOCK, Slot, normalise_and_rotate, prepare_t
 from speed3r_ros.kernels.residual import add_norm
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.memory import Memory
-from speed3r_ros.model.quantised import Fp8Linear, Int8Linear
+from speed3r_ros.model.quantised import Fp8Linear, Int8Linear, check_precision, store_in_fp8
 from speed3r_ros.model.strategies import strategy_for
 
 NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
@@ -299,11 +299,17 @@ class Network(nn.Module):
             identity_6d=torch.tensor([1.0, 0, 0, 0, 1, 0]),
         )
 
-    def precision(self, dtype: torch.dtype) -> Network:
+    def precision(self, dtype: torch.dtype | str) -> Network:
         """Store and run the matrix products in `dtype`; norms, heads' outputs and the residual stream stay float32.
 
-        torch.int8 (CPU, inference only) is for the blocks' linear layers; the rest is float32 then.
+        For inference only: torch.int8 (CPU) is for the blocks' linear layers, the rest is float32 then; "fp8" (GPU) for their
+        `wide_layers`, the rest is bfloat16 then. ValueError: see `check_precision`.
         """
+        check_precision(self, dtype)
+        if dtype == "fp8":
+            for block in [m for m in self.modules() if isinstance(m, Block)]:
+                store_in_fp8(block)
+            dtype = torch.bfloat16
         if dtype == torch.int8:
             for block in (m for m in self.modules() if isinstance(m, Block)):
                 for name in ("qkv", "proj", "fc1", "fc2"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
@@ -91,29 +89,54 @@ class Fp8TrainingLinear(nn.Linear):
         return fp8.fp8_linear_straight_through(x, self.weight, self.bias)
 
 
-def train_in_fp8(model: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
-    """Let the wide linear layers of blocks of these types, to qkv and of the MLP, round to E4M3; returns how many there are.
+def wide_layers(block: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """A block's linear layers to qkv and of the MLP, each with the module that holds it and its name there.
 
-    They are the ones that a backbone's `precision("fp8")` deploys so.
+    FP8 pays for these; the square projection after attention is slower so (docs/benchmarks.md).
     """
-    count = 0
-    for block in [module for module in model.modules() if isinstance(module, blocks)]:
-        for path, layer in list(block.named_modules()):
-            parent, _, name = path.rpartition(".")
-            if type(layer) is nn.Linear and not path.removeprefix("attn.").startswith(("gate", "proj")):
-                setattr(block.get_submodule(parent), name, Fp8TrainingLinear(layer))
-                count += 1
-    return count
+    found = []
+    for path, layer in block.named_modules():
+        if type(layer) is nn.Linear and not path.removeprefix("attn.").startswith(("gate", "proj")):
+            holder, _, name = path.rpartition(".")
+            found.append((block.get_submodule(holder), name, layer))
+    return found
 
 
-def fp8_units(device: torch.device) -> bool:
-    """Whether the device multiplies FP8 in hardware; if not, it warns that bfloat16 is what runs."""
-    able = fp8.on_units(torch.empty(0, device=device))
-    if not able:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device.type!r}"
-        warnings.warn(
-            f"precision fp8: {name} has no FP8 units, bfloat16 runs instead; they come with NVIDIA GPUs of compute "
-            "capability 8.9 and above, move the model there first",
-            stacklevel=4,
+def store_in_fp8(block: nn.Module) -> None:
+    """Put a block's `wide_layers` into FP8, for inference."""
+    for holder, name, layer in wide_layers(block):
+        setattr(holder, name, Fp8Linear(layer))
+
+
+def train_in_fp8(model: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
+    """Let the `wide_layers` of blocks of these types round as `store_in_fp8` does; returns how many there are."""
+    layers = [found for block in model.modules() if isinstance(block, blocks) for found in wide_layers(block)]
+    for holder, name, layer in layers:
+        setattr(holder, name, Fp8TrainingLinear(layer))
+    return len(layers)
+
+
+def require_fp8_units(device: torch.device, setting: str) -> None:
+    """Raise ValueError, one line that names the setting, unless the device multiplies FP8 in hardware."""
+    if fp8.on_units(torch.empty(0, device=device)):
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device.type!r}"
+    raise ValueError(
+        f"{setting} = 'fp8': {name} has no FP8 units, which come with NVIDIA GPUs of compute capability 8.9 and above; "
+        "run on such a GPU, or in bf16"
+    )
+
+
+def check_precision(model: nn.Module, dtype: torch.dtype | str) -> None:
+    """Raise ValueError if `model.precision(dtype)` cannot be.
+
+    That is on a name other than "fp8", on a device without its units, and on weights that are in FP8 already.
+    """
+    if isinstance(dtype, str) and dtype != "fp8":
+        raise ValueError(f"precision = {dtype!r}: give a torch.dtype or 'fp8'")
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        raise ValueError(
+            f"precision = {dtype}: the weights are in 8 bits already and cannot go back; load the model anew"
         )
-    return able
+    if dtype == "fp8":
+        require_fp8_units(next(model.parameters()).device, "precision")

@@ -31,8 +31,8 @@ class StreamingNetwork(Protocol):
     def input_size(self) -> tuple[int, int]:
         """(h, w) of the images."""
 
-    def precision(self, dtype: torch.dtype) -> StreamingNetwork:
-        """Run matrix products in `dtype` from now on; itself."""
+    def precision(self, dtype: torch.dtype | str) -> StreamingNetwork:
+        """Run matrix products in `dtype`, or in "fp8", from now on; itself."""
 
     def new_memory(self, window: int, anchors: int, bank: int, attention: str) -> Memory:
         """A memory for `step` with this attention. It lies where the weights lie, in the type of the products."""

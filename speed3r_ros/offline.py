@@ -135,7 +135,7 @@ def read_views(source: Source, options: Options, step: int) -> Views:
     return views
 
 
-def load_model(engine: EngineConfig) -> tuple[nn.Module, torch.device, torch.dtype]:
+def load_model(engine: EngineConfig) -> tuple[nn.Module, torch.device, torch.dtype | str]:
     """The backbone on its device in its precision, and both.
 
     ValueError with one line about weights, device, or an attention that this backbone cannot run.

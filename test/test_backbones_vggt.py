@@ -108,13 +108,16 @@ def test_speed3r_always_shows_the_first_view_and_every_100th(monkeypatch):
     calls, attend = [], Speed3R.__call__
 
     def recorded(self, q, k, v, fine, coarse, specials, top_k, layer):
-        calls.append((layer.always.tolist(), specials))
+        calls.append((layer.always.table, specials))
         return attend(self, q, k, v, fine, coarse, specials, top_k, layer)
 
     monkeypatch.setattr(Speed3R, "__call__", recorded)
     aggregator = golden_model(False).aggregator
     aggregator(torch.randn(101, 16, 128), 101, (4, 4), (3,), "speed3r", 1)
-    assert calls == [([0, 100], 5)] * 4
+    expected = torch.zeros(1, 101, 101, dtype=torch.bool)
+    expected[:, :, [0, 100]] = True
+    assert len(calls) == 4
+    assert all(torch.equal(table, expected) and specials == 5 for table, specials in calls)
 
 
 @torch.inference_mode()

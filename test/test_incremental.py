@@ -243,7 +243,7 @@ def test_the_engine_streams_a_backbone_in_windows(family, attention):
         ({"attention": "spark3r"}, "engine.attention = 'spark3r': works on whole sequences; use speed3r or dense"),
         ({"model": "compact", "attention": "spark3r"}, "engine.attention = 'spark3r': works on whole sequences"),
         ({"attention": "lite3r"}, "engine.attention = 'lite3r': works on whole sequences"),
-        ({"precision": "int8"}, "engine.precision = 'int8': only compact runs in it; use auto, bf16 or fp32"),
+        ({"precision": "int8"}, "engine.precision = 'int8': only compact runs in it; use auto, fp8, bf16 or fp32"),
         ({"model": "da3-mono"}, "choose one of compact, pi3"),
     ],
 )

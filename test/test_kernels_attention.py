@@ -284,9 +284,11 @@ def test_choice_ends_where_scores_are_no_numbers(tile, bad):
 # ------------------------------------------------------------------------------------------------------------ selected
 
 
-def selected_case(b, t, n, g, s, d, top_k, group, dtype=torch.float32, heads=2):
+def selected_case(b, t, n, g, s, d, top_k, group, dtype=torch.float32, share=0.0, heads=2):
+    """share: of the frames that are seen, shown whole."""
     length = s + 16 * g
     fine = tables(b, t, n, n)[0]
+    shown = fine & (torch.rand(fine.shape, device=DEVICE) < share)
     q = draw(b, heads, t * length, d, dtype=dtype)
     k, v = (draw(b, heads, n * length, d, dtype=dtype) for _ in range(2))
     hidden = ~fine.any(1).repeat_interleave(length, 1)
@@ -299,13 +301,13 @@ def selected_case(b, t, n, g, s, d, top_k, group, dtype=torch.float32, heads=2):
     for i in range(b):
         for j in range(heads):
             for row in range(index.shape[2]):
-                seen = fine[i, row // -(-g // group)].repeat_interleave(g).nonzero().flatten()
+                seen = (fine & ~shown)[i, row // -(-g // group)].repeat_interleave(g).nonzero().flatten()
                 best = seen[torch.randperm(len(seen), device=DEVICE)][: index.shape[-1]].sort().values
                 index[i, j, row, : len(best)] = best
-    return q, k, v, index, compressed, gate, Visible(fine), s, group
+    return q, k, v, index, compressed, gate, Visible(fine), s, group, Visible(shown) if share else None
 
 
-def selected_by_rows(q, k, v, index, compressed, gate, fine, s, group):
+def selected_by_rows(q, k, v, index, compressed, gate, fine, s, group, shown):
     fine = fine.table
     (b, h, rows, d), (t, n) = q.shape, fine.shape[1:]
     length = rows // t
@@ -318,7 +320,8 @@ def selected_by_rows(q, k, v, index, compressed, gate, fine, s, group):
             for row in range(rows):
                 frame, token = row // length, row % length
                 for a in fine[i, frame].nonzero().flatten().tolist():
-                    mask[row, a * length : a * length + (length if token < s else s)] = True
+                    whole = token < s or shown is not None and shown.table[i, frame, a]
+                    mask[row, a * length : a * length + (length if whole else s)] = True
                 if token >= s:
                     for block in index[i, j, frame * -(-g // group) + (token - s) // 16 // group].tolist():
                         if block >= 0:
@@ -334,35 +337,49 @@ def selected_by_rows(q, k, v, index, compressed, gate, fine, s, group):
 
 
 SELECTED = [
-    (1, 2, 3, 2, 3, 16, 2, 1, torch.float32),  # b, t, n, g, s, d, top_k, group, type
-    (2, 1, 2, 1, 1, 16, 9, 1, torch.float32),
-    (1, 1, 1, 5, 0, 32, 3, 2, torch.float32),
-    (1, 1, 3, 3, 2, 64, 7, 4, torch.float16),
+    (1, 2, 3, 2, 3, 16, 2, 1, torch.float32, 0),  # b, t, n, g, s, d, top_k, group, type, share
+    (2, 1, 2, 1, 1, 16, 9, 1, torch.float32, 0),
+    (1, 1, 1, 5, 0, 32, 3, 2, torch.float32, 0),
+    (1, 1, 3, 3, 2, 64, 7, 4, torch.float16, 0),
+    (2, 1, 3, 3, 2, 16, 2, 2, torch.float32, 0.5),
+    (1, 1, 4, 3, 1, 16, 3, 1, torch.float16, 0.5),
+    (1, 2, 3, 2, 0, 32, 5, 1, torch.float32, 1),
 ]
+selected_cases = pytest.mark.parametrize("case", SELECTED, ids=lambda case: "-".join(map(str, case)))
 
 
-@pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
-def test_selected_reference_is_its_definition(b, t, n, g, s, d, top_k, group, dtype):
-    case = selected_case(b, t, n, g, s, d, top_k, group)
-    double = [z.double() if torch.is_tensor(z) and z.is_floating_point() else z for z in case]
-    assert error(selected_attention_reference(*double), selected_by_rows(*case)) < 1e-12
+@selected_cases
+def test_selected_reference_is_its_definition(case):
+    drawn = selected_case(*case[:-2], share=case[-1])
+    double = [z.double() if torch.is_tensor(z) and z.is_floating_point() else z for z in drawn]
+    assert error(selected_attention_reference(*double), selected_by_rows(*drawn)) < 1e-12
 
 
 @needs_kernels
 @pytest.mark.parametrize("passed_on", [False, True])
-@pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
-def test_selected_kernel_is_its_definition(b, t, n, g, s, d, top_k, group, dtype, passed_on):
-    case = selected_case(b, t, n, g, s, d, top_k, group, dtype)
-    out = selected_module.selected_attention_triton(*case, passed_on=passed_on)
-    assert error(out, selected_by_rows(*case)) < TOLERANCE[dtype]
+@selected_cases
+def test_selected_kernel_is_its_definition(case, passed_on):
+    drawn = selected_case(*case)
+    out = selected_module.selected_attention_triton(*drawn, passed_on=passed_on)
+    assert error(out, selected_by_rows(*drawn)) < TOLERANCE[case[-2]]
     assert out.transpose(1, 2).is_contiguous()
 
 
 @needs_kernels
-@pytest.mark.parametrize("t, n, g, s, top_k", [(1, 5, 3, 5, 4), (1, 1, 2, 5, 9), (2, 3, 2, 1, 3), (1, 4, 2, 0, 3)])
-def test_selected_attention_begun_before_the_choice_is_its_definition(t, n, g, s, top_k):
-    case = selected_case(1, t, n, g, s, 16, top_k, 1)
-    q, k, v, *_, fine, specials, _ = case
+def test_heads_that_take_turns_give_the_same(monkeypatch):
+    case = selected_case(1, 2, 3, 2, 1, 16, 2, 1, share=0.5)
+    expected = selected_module.selected_attention_triton(*case, passed_on=True)
+    monkeypatch.setattr(selected_module, "WORKSPACE", 1)
+    assert torch.equal(selected_module.selected_attention_triton(*case, passed_on=True), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "t, n, g, s, top_k, share", [(1, 5, 3, 5, 4, 0), (1, 1, 2, 5, 9, 1), (2, 3, 2, 1, 3, 0.5), (1, 4, 2, 0, 3, 0)]
+)
+def test_selected_attention_begun_before_the_choice_is_its_definition(t, n, g, s, top_k, share):
+    case = selected_case(1, t, n, g, s, 16, top_k, 1, share=share)
+    q, k, v, *_, fine, specials, _, _ = case
     begun = selected_module.begin(q, k, v, fine, specials)
     assert (begun.passed_on is not None) == (t == 1 and s > 0)
     out = selected_attention(*case, begun=begun)
@@ -371,9 +388,9 @@ def test_selected_attention_begun_before_the_choice_is_its_definition(t, n, g, s
 
 
 @needs_kernels
-@pytest.mark.parametrize("b, t, n, g, s, d, top_k, group, dtype", SELECTED)
-def test_selected_gradient_is_the_references(b, t, n, g, s, d, top_k, group, dtype):
-    q, k, v, index, compressed, gate, *rest = selected_case(b, t, n, g, s, d, top_k, group, dtype)
+@selected_cases
+def test_selected_gradient_is_the_references(case):
+    q, k, v, index, compressed, gate, *rest = selected_case(*case)
     tokens = [q, k, v, compressed, gate]
     weight = torch.randn(q.shape, device=DEVICE)
     clean = [z.nan_to_num(0, 0, 0).double() for z in tokens]
@@ -383,7 +400,7 @@ def test_selected_gradient_is_the_references(b, t, n, g, s, d, top_k, group, dty
         out = run(*inputs[:3], index, *inputs[3:], *rest)
         grads.append(torch.autograd.grad((out.double() * weight).sum(), inputs))
     for out, expected in zip(*grads):
-        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype]
+        assert out.dtype == case[-2] and error(out, expected) < TOLERANCE[case[-2]]
 
 
 @needs_kernels
@@ -415,5 +432,7 @@ def test_wrong_shapes_are_named():
     case = selected_case(1, 1, 2, 2, 1, 16, 2, 1)
     with pytest.raises(ValueError, match="gate"):
         selected_attention(*case[:5], case[5][:, :1], *case[6:])
+    with pytest.raises(ValueError, match=r"shown has shape \(1, 1, 3\), expected fine's \(1, 1, 2\)"):
+        selected_attention(*case[:-1], Visible(torch.ones(1, 1, 3, dtype=torch.bool, device=DEVICE)))
     with pytest.raises(ValueError, match="top_k"):
         coarse_attention(*coarse_case(1, 1, 2, 2, 2, 16), 0)

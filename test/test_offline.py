@@ -165,15 +165,21 @@ def test_a_bag_is_thinned_evenly(speed3r, tmp_path, capsys):
     assert f"views      5 of {len(stamps)} frames" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("attention", ["dense", "speed3r", "spark3r"])
-def test_attention_and_precision_are_the_chosen_ones(speed3r, weights, images, tmp_path, capsys, attention):
-    settings = (f"engine.attention={attention}", "engine.precision=bf16")
+@pytest.mark.parametrize(
+    "attention, precision", [("dense", "bf16"), ("speed3r", "bf16"), ("spark3r", "bf16"), ("speed3r", "fp8")]
+)
+def test_attention_and_precision_are_the_chosen_ones(
+    speed3r, weights, images, tmp_path, capsys, fp8_by_definition, attention, precision
+):
+    settings = (f"engine.attention={attention}", f"engine.precision={precision}")
     more = (*(part for setting in settings for part in ("--set", setting)), "--max-frames", 3, *LIMITS)
     assert speed3r(images, tmp_path / "out", *more) == 0
     size = (56, 112) if attention == "speed3r" else (70, 98)
-    assert f"{size[1]} x {size[0]} pixels; pi3, {attention} attention, bfloat16 on cpu" in capsys.readouterr().out
+    named = {"bf16": torch.bfloat16, "fp8": "fp8"}[precision]
+    shown = str(named).removeprefix("torch.")
+    assert f"{size[1]} x {size[0]} pixels; pi3, {attention} attention, {shown} on cpu" in capsys.readouterr().out
     with torch.inference_mode():
-        model = registry.load_backbone("pi3", weights("pi3")).precision(torch.bfloat16)
+        model = registry.load_backbone("pi3", weights("pi3")).precision(named)
         expected = model(seen(images, range(3), size), attention=attention)
     T = expected.T_world_cam[0].double().numpy()
     T = np.linalg.inv(T[0]) @ T
@@ -190,6 +196,7 @@ def test_attention_and_precision_are_the_chosen_ones(speed3r, weights, images, t
         ("speed3r-pi3", ["--pixels", 3000], "--pixels 3000: the smallest image that this attention takes has 3136"),
         ("streamvggt", ["--set", "engine.attention=spark3r"], "attention 'spark3r' works where all frames see all"),
         ("pi3", ["--set", "engine.attention=lite3r"], "the network has no trained linear branch"),
+        ("pi3", ["--set", "engine.precision=fp8"], "engine.precision = 'fp8': device 'cpu' has no FP8 units"),
     ],
 )
 def test_what_cannot_work_is_named(speed3r, images, tmp_path, capsys, name, more, says):

@@ -29,7 +29,7 @@ from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum, patch_product
-from speed3r_ros.model.quantised import Fp8Linear, fp8_units
+from speed3r_ros.model.quantised import check_precision, store_in_fp8
 from speed3r_ros.model.strategies import strategy_for
 
 if TYPE_CHECKING:  # it imports this module
@@ -75,26 +75,18 @@ def by_frames(
 def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, ...]) -> None:
     """Store the weights of linear and convolutional layers as `dtype`, but for those under the prefixes in `keep`.
 
-    "fp8": bfloat16, and where the GPU multiplies FP8 the blocks' wide layers, to qkv and of the MLP, in E4M3 for inference
-    (Lite3R, section 3); the square projection after attention is slower so (docs/benchmarks.md). Warns where it cannot.
-    ValueError on another name, and on a model whose weights are in 8 bits already.
+    "fp8": bfloat16, but the `wide_layers` of blocks in E4M3 for inference (Lite3R, section 3). ValueError: see
+    `check_precision`.
     """
-    if isinstance(dtype, str) and dtype != "fp8":
-        raise ValueError(f"precision {dtype!r}: give a torch.dtype or 'fp8'")
-    if any(isinstance(module, Fp8Linear) for module in model.modules()):
-        raise ValueError(
-            f"precision {dtype}: the weights are in 8 bits already and cannot go back; load the model anew"
-        )
-    eight_bits = dtype == "fp8" and fp8_units(next(model.parameters()).device)
+    check_precision(model, dtype)
+    eight_bits = dtype == "fp8"
     for name, module in list(model.named_modules()):
         if name.startswith(keep):
             continue
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(torch.bfloat16 if dtype == "fp8" else dtype)
         if eight_bits and isinstance(module, Block):
-            module.attn.qkv = Fp8Linear(module.attn.qkv)
-            for part, layer in list(module.mlp.named_children()):
-                setattr(module.mlp, part, Fp8Linear(layer))
+            store_in_fp8(module)  # before its layers are visited: from the weights as they are
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16 if eight_bits else dtype)
 
 
 @contextmanager
@@ -359,7 +351,7 @@ class AcrossViews:
     unmasked: bool
     sensitive: frozenset[int]
     memory: Memory | None
-    always: Tensor | None
+    always: Visible | None
 
     @staticmethod
     def of(
@@ -377,8 +369,9 @@ class AcrossViews:
     ) -> AcrossViews:
         """For tokens at positions (L, 2), whose blocks stand at the truncated mean of their tokens' positions (Speed3R).
 
-        width: of a head. rounded: see `rotary`. sight: None = all views see all. ValueError if there is no such strategy, or
-        if it cannot do without later views.
+        width: of a head. rounded: see `rotary`. sight: None = all views see all. always: numbers (R,) of the views that
+        `Layer.always` shows to those that see them, None for none. ValueError if there is no such strategy, or if it cannot do
+        without later views.
         """
         strategy, pooled = strategy_for(attention, sight is None), None
         if strategy.in_blocks:
@@ -388,8 +381,11 @@ class AcrossViews:
             fine = coarse = Visible(torch.ones(1, views, views, dtype=torch.bool, device=at.device))
         else:  # lists of visible views are made anew for each call, so that a CUDA graph makes them too
             fine, coarse, memory = Visible(sight.fine), Visible(sight.coarse), sight.memory
+        shown = None
+        if always is not None:
+            shown = Visible(fine.table & torch.zeros_like(fine.table).index_fill(2, always, True))
         return AcrossViews(
-            views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, always
+            views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, shown
         )
 
     def before(self, block: Block, x: Tensor, number: int) -> tuple[Tokens, Tokens, Tokens]:

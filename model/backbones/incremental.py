@@ -33,7 +33,7 @@ class Incremental(nn.Module):
         self.backbone, self.input_size = backbone, size
         self.grid = patch_grid(*backbone.working_size(*size))
 
-    def precision(self, dtype: torch.dtype) -> Incremental:
+    def precision(self, dtype: torch.dtype | str) -> Incremental:
         """Run the backbone's matrix products in `dtype`: see its `precision`."""
         self.backbone.precision(dtype)
         return self
