@@ -319,9 +319,6 @@ class ReconNode(Node):
             return
         with self._lock:
             estimate = self._estimate(frame)
-            if estimate is None:
-                self.statistics.count("unfollowed")
-                return
             latency = time.monotonic() - received.arrived
             self.statistics.processed(
                 latency, estimate.tracking.value, estimate.lost_reason, by_network=self._between == 0
@@ -342,11 +339,13 @@ class ReconNode(Node):
             self._last_pose = stamp_ns, T
             self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist, self._epoch))
 
-    def _estimate(self, frame: Frame) -> Estimate | None:
-        """Of the frames that wait, the network gets the newest; poses of the others come from features, or not at all."""
+    def _estimate(self, frame: Frame) -> Estimate:
+        """Of the frames that wait, the network gets the newest; poses of the others come from features. What these lose sight
+        of, the network gets at once: later it would have moved too far for it as well."""
         if len(self._computer.mailbox) and self._between < self._most_between:
             self._between += 1
-            return self.pipeline.follow(frame)
+            if (estimate := self.pipeline.follow(frame)) is not None:
+                return estimate
         self._between = 0
         return self.pipeline.process(frame)
 
@@ -543,9 +542,7 @@ class ReconNode(Node):
             "device": str(self.pipeline.engine.device),
         }
         stamp = ns_to_stamp(self.get_clock().now().nanoseconds)
-        dropped = (
-            self._computer.mailbox.dropped + self._publisher.mailbox.dropped + self.statistics.counts["unfollowed"]
-        )
+        dropped = self._computer.mailbox.dropped + self._publisher.mailbox.dropped
         self.diagnostics_pub.publish(diagnostics_message(stamp, self.get_name(), self.statistics, dropped, facts))
 
     def stop(self) -> None:
