@@ -118,11 +118,10 @@ class EngineConfig:
 
     def check_together(self, prefix: str) -> None:
         """Raise ValueError with one line for settings that do not go together."""
-        windowed = self.model != "compact" and self.streaming == "windowed"
-        if not windowed and (self.strategy == "spark3r" or self.strategy == "lite3r" and self.model != "compact"):
+        if self.strategy == "lite3r" and self.model != "compact" and self.streaming != "windowed":
             raise ValueError(
-                f"{prefix}attention = {self.strategy!r}: works on whole sequences; use speed3r or dense, or a published "
-                f"backbone with {prefix}streaming = windowed"
+                f"{prefix}attention = 'lite3r': of backbones, it works on whole sequences; use speed3r, spark3r or dense, or "
+                f"{prefix}streaming = windowed"
             )
         if self.model == "compact":
             return  # its sizes are those of its weights

@@ -380,7 +380,7 @@ class AcrossViews:
         width: of a head. rounded: see `rotary`. sight: None = all views see all. ValueError if there is no such strategy, or
         if it cannot do without later views.
         """
-        strategy, pooled = strategy_for(attention, sight is None), None
+        strategy, pooled = strategy_for(attention, sight is None or sight.in_parts), None
         if strategy.in_blocks:
             pooled = rotary(at[specials:].view(-1, BLOCK, 2).sum(1) // BLOCK, width, rounded)
         tables, unmasked, memory = rotary(at, width, rounded), sight is None, None
@@ -391,6 +391,11 @@ class AcrossViews:
         return AcrossViews(
             views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, always
         )
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether keys and values are the memory's rows, of whole frames and of parts of others."""
+        return self.memory is not None and not self.attention.follows_visibility
 
     def before(self, block: Block, x: Tensor, number: int) -> tuple[Tokens, Tokens, Tokens]:
         """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
@@ -405,6 +410,8 @@ class AcrossViews:
 
         if self.pooled is None:
             q, k, v = map(sequences, block.attn.prepare(qkv, self.tables, slot))
+            if self.in_parts:
+                k, v, _ = self.memory.rows(number)
             given = h.unflatten(0, (batch, -1)).flatten(1, 2) if self.attention.reads_input else None
             return Tokens(q, x=given), Tokens(k), Tokens(v)
         tokens = block.attn.prepare_in_blocks(qkv, self.tables, self.pooled, self.specials, slot)
@@ -414,7 +421,8 @@ class AcrossViews:
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
         linear = getattr(block.attn, "proj_lin", None)
-        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always)
+        bias = self.memory.rows(number)[2] if self.in_parts else None
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always, bias)
         tokens = self.before(block, x, number)
         out = self.attention(*tokens, self.fine, self.coarse, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
@@ -515,6 +523,11 @@ class MultiView(nn.Module):
     @property
     def across_views(self) -> list[Block]:
         """Blocks across views, in the order in which they run."""
+        raise NotImplementedError
+
+    @property
+    def sensitive(self) -> frozenset[int]:
+        """Numbers of those that bear few keys badly: see `spark3r.sensitive_layers`."""
         raise NotImplementedError
 
     def trunk(self, images: Tensor, **options: object) -> Heads:
