@@ -28,7 +28,8 @@ ROWS: tuple[tuple[str, Strategy, int], ...] = (  # what it is, its strategy, pla
     ("dense, window and anchors alone", dense, 1),
     *((f"room for 8 frames, shared by {share * 8}", Spark3R(share=share), share * 8) for share in (1, 2, 4, 8)),
     *((f"room for {room} frames, shared by {room * 4}", Spark3R(), room * 4) for room in (2, 4, 16)),
-    ("patches at a stride of 3 from the start", Spark3R(strides=3), 32),
+    ("room for 8 frames, shared by 32, keys not weighted", Spark3R(weighted=False), 32),
+    ("a stride of 3 from the start", Spark3R(strides=3), 32),
     ("speed3r, 32 pooled keyframes", speed3r, 32),
 )
 

@@ -13,6 +13,7 @@ for the parallel form of the network, so that training sees exactly what deploym
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,24 +106,27 @@ class Parts:
     share a room show different patches. A frame that takes a thinned one's place takes all its rows.
 
     specials: tokens at the start of a frame, which stay. strides: of patches at first, for each layer. share: how many
-    frames share a room when the bank is full, a power of two.
+    frames share a room when the bank is full, a power of two. weighted: whether a patch counts as often as its stride says,
+    for itself and those that did not stay.
     """
 
     specials: int
     strides: tuple[int, ...]
     share: int
+    weighted: bool
 
     def room(self, bank: int) -> int:
         """Frames of a bank whose patches, at the first stride, fit beside one another."""
         return -(-bank // self.share)
 
-    def rooms(self, bank: int, layer: int) -> int:
-        """Whole frames' patches for which a layer has rows."""
-        return -(-self.room(bank) // self.strides[layer])
+    def rooms(self, bank: int, stride: int) -> int:
+        """Whole frames' patches for which a layer with this first stride has rows."""
+        return -(-self.room(bank) // stride)
 
-    def of(self, place: int, count: int, bank: int, layer: int) -> tuple[int, int, int]:
-        """Patches of the frame at a place of a bank that holds `count`: whose rows, the first one, and the stride."""
-        room, stride = self.room(bank), self.strides[layer]
+    def of(self, place: int, count: int, bank: int, stride: int) -> tuple[int, int, int]:
+        """Patches of the frame at a place of a bank that holds `count`, of a layer with this first stride: in which frame's
+        rows they lie, the first one, and their stride."""
+        room = self.room(bank)
         turn, place_in_turn = divmod(place, room)
         sharing = 1 << (max(place, count - 1 - place) // room).bit_length()
         return place_in_turn // stride, place_in_turn % stride + stride * turn, stride * sharing
@@ -160,12 +164,13 @@ class Memory:
         counts = [slots * tokens] * layers
         if parts is not None:
             patches = tokens - parts.specials
-            counts = [n + bank * parts.specials + parts.rooms(bank, i) * patches for i, n in enumerate(counts)]
+            counts = [n + bank * parts.specials + parts.rooms(bank, s) * patches for n, s in zip(counts, parts.strides)]
         self._rows = [torch.zeros(2, heads, n, width, dtype=dtype, device=device) for n in counts]
         self._bias = {  # by the layer's first stride
             stride: torch.full((n,), -torch.inf, dtype=dtype, device=device)
             for stride, n in zip(() if parts is None else parts.strides, counts)
         }
+        self._counted = 0  # frames of the bank that the biases know
         self._pooled = torch.zeros(2, layers, heads, slots + bank, blocks, width, dtype=dtype, device=device)
         self._visible = torch.zeros(slots + bank, dtype=torch.bool)
         self._mask = torch.zeros(slots + bank, dtype=torch.bool, device=device)
@@ -192,8 +197,6 @@ class Memory:
     def clear(self) -> None:
         """Open a new segment."""
         self.schedule.clear()
-        for bias in self._bias.values():
-            bias.fill_(-torch.inf)
 
     def admit(self) -> None:
         """Make room for a new frame and let it see what the policy grants. Call once before `Network.step`."""
@@ -205,9 +208,12 @@ class Memory:
         self._visible.zero_()
         self._visible[[s for _, s in self.schedule.resident] + [self.slots + s for _, s in self.schedule.bank]] = True
         self._mask.copy_(self._visible)
-        for bias in self._bias.values():
-            whole = bias[: self.slots * self.tokens].view(self.slots, -1)
-            whole.zero_().masked_fill_(~self._mask[: self.slots, None], -torch.inf)
+        count, whole = len(self.schedule.bank), self.slots * self.tokens
+        for stride, bias in self._bias.items():
+            bias[:whole].view(self.slots, -1).zero_().masked_fill_(~self._mask[: self.slots, None], -torch.inf)
+            if count != self._counted:
+                bias[whole:] = self._bias_of_parts(stride, count)
+        self._counted = count
         self.index.fill_(slot)
         self.first.fill_(self.schedule.frame == 0)
 
@@ -218,12 +224,21 @@ class Memory:
         special = slice(start + place * specials, start + (place + 1) * specials)
         start += self.bank * specials
         for layer, rows in enumerate(self._rows):
-            room, first, stride = self.parts.of(place, len(self.schedule.bank), self.bank, layer)
+            room, first, stride = self.parts.of(place, len(self.schedule.bank), self.bank, self.parts.strides[layer])
             patches = slice(start + room * size + first, start + (room + 1) * size, stride)
-            bias, frame = self._bias[self.parts.strides[layer]], self._whole(layer)[:, :, slot]
-            for to, part in ((special, frame[:, :, :specials]), (patches, frame[:, :, specials + first :: stride])):
-                rows[:, :, to] = part
-                bias[to] = 0
+            frame = self._whole(layer)[:, :, slot]
+            rows[:, :, special] = frame[:, :, :specials]
+            rows[:, :, patches] = frame[:, :, specials + first :: stride]
+
+    def _bias_of_parts(self, first_stride: int, count: int) -> Tensor:
+        """For the rows after those of whole frames, on the host, where the bank holds `count` frames."""
+        special = torch.full((self.bank, self.parts.specials), -torch.inf)
+        patches = torch.full((self.parts.rooms(self.bank, first_stride), self.tokens - self.parts.specials), -torch.inf)
+        special[:count] = 0
+        for place in range(count):
+            room, first, stride = self.parts.of(place, count, self.bank, first_stride)
+            patches[room, first::stride] = math.log(stride) if self.parts.weighted else 0
+        return torch.cat([special.flatten(), patches.flatten()])
 
     def keep(self) -> None:
         """The newest frame is a keyframe: it will outlive the window."""
@@ -238,8 +253,8 @@ class Memory:
         return Slot(self._whole(layer), self._pooled[:, layer], self.index)  # a tensor: a CUDA graph can replay it
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (1, H, R, D) of whole frames and of parts, and what to add to the scores of each (1, R): 0, or -inf
-        where the newest frame does not see it."""
+        """Keys and values (1, H, R, D) of whole frames and of parts, and what to add to the scores of each (1, R): -inf
+        where the newest frame does not see it, 0 in whole frames, the logarithm of its weight in parts."""
         keys, values = self._rows[layer].split(1)
         return keys, values, self._bias[self.parts.strides[layer]][None]
 

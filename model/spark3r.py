@@ -53,7 +53,7 @@ class Spark3R(Strategy):
     ratio: r_Q, by default `query_ratio` of the views. strides: r_KV of every layer, or one for each, instead of the rule:
     `key_stride` of the views, times `factor` in layers that are not sensitive. sensitive: numbers of layers, by default the
     backbone's. group: consecutive views whose queries are merged. similarity: input or keys. stagger: see the module's text.
-    share: see `memory.Parts`. ValueError on options that make no sense.
+    share, weighted: see `memory.Parts`. ValueError on options that make no sense.
     """
 
     ratio: int | None = None
@@ -64,6 +64,7 @@ class Spark3R(Strategy):
     similarity: str = "input"
     stagger: bool = False
     share: int = 4
+    weighted: bool = True
 
     follows_visibility = False
 
@@ -97,7 +98,7 @@ class Spark3R(Strategy):
         """See `Strategy`: at first the strides that a single view would get. ValueError if keys are compared."""
         if self.similarity == "keys":
             raise ValueError("similarity 'keys': a stream's keys are those of many views; choose input")
-        return Parts(specials, tuple(self.stride(1, layer) for layer in layers), self.share)
+        return Parts(specials, tuple(self.stride(1, layer) for layer in layers), self.share, self.weighted)
 
     def __call__(
         self,
