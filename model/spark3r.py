@@ -11,6 +11,8 @@ here; its default and the reason:
   Where another view than the first is the reference (Depth Anything 3), the stride counts from it.
 - The stride keeps whole views; `stagger` keeps as many patches of every view instead.
 - Layers are counted from 0 among those across views. Networks of another depth than the probed one take its map stretched.
+- A stream has no number of views to prune by. Its memory's bank keeps parts of frames, at strides that double when it is full
+  (`memory.Parts`); the new frame's queries are not merged.
 """
 
 from __future__ import annotations
