@@ -109,7 +109,9 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Ten
     q, k, v = (
         x if x.shape[2] * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v)
     )  # offsets of 32 bits suffice
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if bias is None:  # flash attention takes none, and cuDNN's has not been tried with one
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *backends]
     with sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
