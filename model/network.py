@@ -439,9 +439,9 @@ class Network(nn.Module):
             frames = len(tensors[0]) // batch
             q, k, v, q_g, k_g, v_g, gate = (y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for y in tensors)
             tokens = Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g)
-            if not strategy.follows_visibility:  # keys and values are the memory's rows, of whole frames and of parts
+            if not strategy.follows_visibility:  # rows of whole frames and of parts
                 k, v, bias = memory.rows(layer.number)
-                tokens, layer = (Tokens(q), Tokens(k), Tokens(v)), replace(layer, bias=bias)
+                tokens, layer = (tokens[0], Tokens(k), Tokens(v)), replace(layer, bias=bias)
             out = strategy(*tokens, fine, coarse, self.config.specials, top_k, layer)
             return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
 

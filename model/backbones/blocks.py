@@ -392,11 +392,6 @@ class AcrossViews:
             views, specials, strategy, top_k, chunk, tables, pooled, fine, coarse, unmasked, sensitive, memory, always
         )
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether keys and values are the memory's rows, of whole frames and of parts of others."""
-        return self.memory is not None and not self.attention.follows_visibility
-
     def before(self, block: Block, x: Tensor, number: int) -> tuple[Tokens, Tokens, Tokens]:
         """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
         h = block.norm_first(x)
@@ -410,8 +405,6 @@ class AcrossViews:
 
         if self.pooled is None:
             q, k, v = map(sequences, block.attn.prepare(qkv, self.tables, slot))
-            if self.in_parts:
-                k, v, _ = self.memory.rows(number)
             given = h.unflatten(0, (batch, -1)).flatten(1, 2) if self.attention.reads_input else None
             return Tokens(q, x=given), Tokens(k), Tokens(v)
         tokens = block.attn.prepare_in_blocks(qkv, self.tables, self.pooled, self.specials, slot)
@@ -420,10 +413,12 @@ class AcrossViews:
 
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
-        linear = getattr(block.attn, "proj_lin", None)
-        bias = self.memory.rows(number)[2] if self.in_parts else None
-        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always, bias)
+        linear, bias = getattr(block.attn, "proj_lin", None), None
         tokens = self.before(block, x, number)
+        if self.memory is not None and not self.attention.follows_visibility:  # rows of whole frames and of parts
+            k, v, bias = self.memory.rows(number)
+            tokens = tokens[0], Tokens(k), Tokens(v)
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always, bias)
         out = self.attention(*tokens, self.fine, self.coarse, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)
