@@ -1,6 +1,8 @@
 """Time of one streaming step of published backbones at their real sizes, with random weights, and the memory that it takes.
 
-python benchmarks/backbone_stream.py pi3 vggt-1b da3-small --attention dense --precision bf16 fp8
+    python benchmarks/backbone_stream.py pi3 vggt-1b da3-small --attention dense spark3r --precision bf16 fp8
+    python benchmarks/backbone_stream.py --tiny                       # in seconds, to see that it runs
+
 On a CPU, add --frames 20; each frame of the large ones takes many seconds there.
 """
 
@@ -11,6 +13,7 @@ import time
 
 import numpy as np
 import torch
+from strategies import TINY
 
 from speed3r_ros.model.backbones.incremental import Incremental
 from speed3r_ros.model.backbones.registry import build_backbone
@@ -21,14 +24,16 @@ from speed3r_ros.model.streaming import BACKBONE_SIZE
 
 
 @torch.inference_mode()
-def measure(name: str, attention: str, precision: str, frames: int) -> str:
+def measure(name: str, attention: str, precision: str, frames: int, tiny: bool) -> str:
     """A row of the table. All frames are keyframes; the first half, while the memory fills, is left out."""
     config = EngineConfig(model=name, precision=precision)
     device, dtype = select_device(config)
-    network = Incremental(build_backbone(name, device), BACKBONE_SIZE).precision(dtype)
+    size = (56, 112) if tiny else BACKBONE_SIZE
+    backbone = TINY[name]().to(device).eval() if tiny else build_backbone(name, device)
+    network = Incremental(backbone, size).precision(dtype)
     memory = network.new_memory(config.window, config.anchors, config.bank, attention)
     graph = GraphedStep(network, memory, attention, config.top_k) if device.type == "cuda" else None
-    image, times = torch.rand(3, *BACKBONE_SIZE, device=device), []
+    image, times = torch.rand(3, *size, device=device), []
     for _ in range(frames):
         start = time.perf_counter()
         memory.admit()
@@ -48,18 +53,23 @@ def measure(name: str, attention: str, precision: str, frames: int) -> str:
 def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", help="of backbones for several views")
-    parser.add_argument("--attention", nargs="*", default=["dense", "speed3r"])
+    parser.add_argument("names", nargs="*", help="of backbones for several views")
+    parser.add_argument("--attention", nargs="*", default=["dense", "speed3r", "spark3r"])
     precisions = ("auto", "fp32", "bf16", "fp8")
     parser.add_argument("--precision", nargs="+", default=["auto"], choices=precisions, help="as engine.precision")
     parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if args.tiny:
+        args.names, args.frames = list(TINY), 20
+    elif not args.names:
+        parser.error("give names of backbones, or --tiny")
     print("| model | attention | device | step p50 / p95, ms | one memory, GiB | weights, GiB |")
     print("|---" * 6 + "|")
     for name in args.names:
         for attention in args.attention:
             for precision in args.precision:
-                print(measure(name, attention, precision, args.frames), flush=True)
+                print(measure(name, attention, precision, args.frames, args.tiny), flush=True)
 
 
 if __name__ == "__main__":

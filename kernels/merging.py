@@ -7,7 +7,7 @@ and frame t offers one of each cell, another one than frame t + 1: every frame k
 again (`frames.frame_attention` runs on them), every position gets its turn, and nothing but arithmetic says who is who.
 Special tokens are never merged.
 
-Keys and values: a temporal stride, no averages. Streaming keeps a constant number of frames by doubling the stride.
+Keys and values: a temporal stride, no averages.
 
 Shape letters: B sequences, T frames of L = S + P tokens each (S special ones first), groups of G frames, H heads, D head
 width, C channels; R = T * (S + ceil(P / ratio)) rows after merging. A row table is int32 (B, T * L): for every token the row
@@ -326,33 +326,3 @@ def kept_tokens(
     patch = token - specials
     kept = patch % stride == t % stride if stagger else (t % stride == 0).expand(-1, length)
     return (kept | (t == 0) | (patch < 0)).flatten().nonzero().int().T.contiguous()
-
-
-def budget_stride(frames: int, budget: int) -> int:
-    """The temporal stride under which `frames` frames leave at most `budget`: a power of two that doubles when full."""
-    if budget < 2 or budget % 2:
-        raise ValueError(f"budget must be an even number of frames, not {budget}")
-    return 1 << max(0, -(-frames // budget) - 1).bit_length()
-
-
-def budget_slot(frame: int, budget: int) -> int | None:
-    """The slot of a constant key / value budget that frame number `frame` takes when it comes; None if it stays out.
-
-    Spark3R made to stream: slots hold every stride-th frame, frame 0 always. When all are full the stride doubles, every
-    second frame is given up, and the next ones take these places, the oldest first. So slots never move and the work per
-    frame is constant. Raises ValueError on an odd budget.
-    """
-    stride = budget_stride(frame + 1, budget)
-    if frame % stride:
-        return None
-    while frame >= budget:  # the j-th frame under a stride replaces the j-th odd multiple of half that stride
-        frame -= budget_stride(frame + 1, budget) // 2 * (budget - 1)
-    return frame
-
-
-def budget_frames(frames: int, budget: int) -> list[int]:
-    """The frame in each slot of a constant budget once `frames` frames have come; -1 in slots that are empty or given up."""
-    held = [-1] * budget
-    for frame in range(0, frames, budget_stride(frames, budget)):
-        held[budget_slot(frame, budget)] = frame
-    return held

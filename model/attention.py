@@ -12,6 +12,7 @@ block-major order), G = P / 16 blocks per frame, H heads, D head width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from speed3r_ros.kernels.coarse import coarse_attention
 from speed3r_ros.kernels.frames import Visible, frame_attention, on_kernels
 from speed3r_ros.kernels.selected import begin_selected, selected_attention
+from speed3r_ros.model.memory import Parts
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Layer:
     whether all frames see all, known on the host. reference: (B,), the frame that a sequence is measured against; None = the
     first. linear: projection D -> D of the linear branch (Lite3R), if the network has one. always: of a table within that of
     the visible frames, those whose tokens a frame's queries all attend to, whatever they choose (Speed3R); None for none.
+    bias: what to add to the scores of each key (1, R), where keys and values are the rows of a memory that holds parts of
+    frames (Spark3R); else None.
     """
 
     number: int = 0
@@ -55,6 +59,7 @@ class Layer:
     reference: Tensor | None = None
     linear: nn.Module | None = None
     always: Visible | None = None
+    bias: Tensor | None = None
 
 
 SOME_LAYER = Layer()
@@ -64,12 +69,17 @@ class Strategy(ABC):
     """How frames attend to one another; its options are the fields of dataclasses.
 
     in_blocks: it needs tokens in block-major order, with pooled tokens and gates. reads_input: it needs `Tokens.x`, which is
-    not there in blocks. follows_visibility: it obeys the tables, else all frames must see all.
+    not there in blocks. follows_visibility: it obeys the tables, else all frames must see all, or one sees what a memory
+    with `parts` holds.
     """
 
     in_blocks = False
     follows_visibility = True
     reads_input = False
+
+    def parts(self, specials: int, layers: Sequence[Layer]) -> Parts | None:
+        """What the bank of a stream's memory keeps of fine tokens: None = nothing."""
+        return None
 
     @abstractmethod
     def __call__(
@@ -89,16 +99,21 @@ class Strategy(ABC):
         """
 
 
-def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of all queries (B, H, X, D) to all keys (B, H, Y, D), by the library's fastest kernel."""
+def unmasked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of all queries (B, H, X, D) to all keys (B, H, Y, D), by the library's fastest kernel.
+
+    bias: what to add to each key's scores (1, Y), in q's type.
+    """
     if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q, k, v = (
         x if x.shape[2] * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v)
     )  # offsets of 32 bits suffice
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if bias is None:  # flash attention takes none, and cuDNN's has not been tried with one
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *backends]
     with sdpa_kernel(backends, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class Dense(Strategy):

@@ -84,7 +84,7 @@ class EngineConfig:
     attention: str = setting(
         "auto",
         "global attention strategy; auto = what the model was trained with: speed3r for compact and speed3r-pi3, else dense; "
-        "spark3r, and lite3r of backbones, only with windowed streaming; lite3r needs weights with its linear branch",
+        "lite3r needs weights with its linear branch, and of backbones windowed streaming",
         choices=("auto", "speed3r", "dense", "spark3r", "lite3r"),
     )
     device: str = setting("auto", "auto = the GPU when there is one, else the CPU", choices=("auto", "cpu", "cuda"))
@@ -97,7 +97,12 @@ class EngineConfig:
     threads: int = setting(0, "CPU threads of the network; 0 = all cores", low=0, high=256)
     window: int = setting(4, "recent frames whose fine keys and values stay in memory", low=1, high=64)
     anchors: int = setting(6, "keyframes whose fine keys and values stay in memory", low=1, high=64)
-    bank: int = setting(32, "keyframes whose pooled keys and values stay in memory", low=1, high=1024)
+    bank: int = setting(
+        32,
+        "keyframes that stay in memory after those, pooled, or with spark3r as fewer and fewer of their patches",
+        low=1,
+        high=1024,
+    )
     top_k: int = setting(32, "key blocks of 16 tokens that a query block attends to, per head", low=1, high=4096)
     refresh: int = setting(
         24, "keyframes after which a new segment takes over with a fresh gauge; 0 = never", low=0, high=100000
@@ -118,11 +123,10 @@ class EngineConfig:
 
     def check_together(self, prefix: str) -> None:
         """Raise ValueError with one line for settings that do not go together."""
-        windowed = self.model != "compact" and self.streaming == "windowed"
-        if not windowed and (self.strategy == "spark3r" or self.strategy == "lite3r" and self.model != "compact"):
+        if self.strategy == "lite3r" and self.model != "compact" and self.streaming != "windowed":
             raise ValueError(
-                f"{prefix}attention = {self.strategy!r}: works on whole sequences; use speed3r or dense, or a published "
-                f"backbone with {prefix}streaming = windowed"
+                f"{prefix}attention = 'lite3r': of backbones, it works on whole sequences; use speed3r, spark3r or dense, or "
+                f"{prefix}streaming = windowed"
             )
         if self.model == "compact":
             return  # its sizes are those of its weights

@@ -23,7 +23,7 @@ from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK, Slot, normalise_and_rotate, prepare_tokens
 from speed3r_ros.kernels.residual import add_norm
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
-from speed3r_ros.model.memory import Memory
+from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.quantised import Fp8Linear, Int8Linear, check_precision, store_in_fp8
 from speed3r_ros.model.strategies import strategy_for
 
@@ -326,8 +326,8 @@ class Network(nn.Module):
         """(h, w) of the images."""
         return self.config.height, self.config.width
 
-    def new_memory(self, window: int, anchors: int, bank: int, attention: str) -> Memory:
-        """A memory for `step`, in the type of the matrix products; it fits every attention."""
+    def new_memory(self, window: int, anchors: int, bank: int, attention: str | Strategy) -> Memory:
+        """A memory for `step` with this attention, in the type of the matrix products."""
         cfg, (h, w), first = self.config, self.config.grid, self.global_blocks[0]
         return Memory(
             cfg.alternating_blocks,
@@ -340,6 +340,7 @@ class Network(nn.Module):
             bank,
             compute_dtype(first.qkv),
             first.gate.weight.device,
+            parts=strategy_for(attention).parts(cfg.specials, [Layer(i) for i in range(cfg.alternating_blocks)]),
         )
 
     def settings(self) -> dict[str, int]:
@@ -435,14 +436,18 @@ class Network(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ the two forms
 
-    def _attend(self, batch: int, fine: Visible, coarse: Visible, attention: str | Strategy, top_k: int) -> Attend:
+    def _attend(self, batch: int, sight: Sight, attention: str | Strategy, top_k: int) -> Attend:
         """Attention across the frames of B sequences; queries of B * T frames, keys and values of as many as they have."""
-        strategy = strategy_for(attention, all_visible=False)
+        strategy, memory = strategy_for(attention, sight.in_parts), sight.memory
+        fine, coarse = Visible(sight.fine), Visible(sight.coarse)
 
         def attend(layer: Layer, *tensors: Tensor) -> Tensor:
             frames = len(tensors[0]) // batch
             q, k, v, q_g, k_g, v_g, gate = (y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for y in tensors)
             tokens = Tokens(q, q_g, gate), Tokens(k, k_g), Tokens(v, v_g)
+            if not strategy.follows_visibility:  # rows of whole frames and of parts
+                k, v, bias = memory.rows(layer.number)
+                tokens, layer = (tokens[0], Tokens(k), Tokens(v)), replace(layer, bias=bias)
             out = strategy(*tokens, fine, coarse, self.config.specials, top_k, layer)
             return out.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
 
@@ -467,7 +472,7 @@ class Network(nn.Module):
         flat = None if rays is None else (rays.flatten(0, 1), known.flatten(0, 1))
         first = (torch.arange(frames, device=images.device) == 0).repeat(batch)
         x, stem, descriptor = self.encode(images.flatten(0, 1), *(flat or (None, None)), first)
-        attend = self._attend(batch, Visible(fine), Visible(coarse), attention, top_k)
+        attend = self._attend(batch, Sight(fine, coarse), attention, top_k)
         return self._predict(batch, self.trunk(x, attend), stem, descriptor, *(flat or (None, None)))
 
     def step(
@@ -475,7 +480,7 @@ class Network(nn.Module):
         image: Tensor,
         memory: Memory,
         rays: Tensor | None = None,
-        attention: str = "speed3r",
+        attention: str | Strategy = "speed3r",
         top_k: int = 32,
         known: Tensor | None = None,
     ) -> Prediction:
@@ -489,5 +494,5 @@ class Network(nn.Module):
             known = torch.ones(1, dtype=torch.bool, device=image.device) if known is None else known
         x, stem, descriptor = self.encode(image[None], rays, known, memory.first)
         # the lists of visible frames are made here, so that a CUDA graph makes them anew
-        attend = self._attend(1, Visible(memory.fine), Visible(memory.coarse), attention, top_k)
+        attend = self._attend(1, Sight.into(memory), attention, top_k)
         return self._predict(1, self.trunk(x, attend, memory), stem, descriptor, rays, known)

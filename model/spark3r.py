@@ -11,6 +11,8 @@ here; its default and the reason:
   Where another view than the first is the reference (Depth Anything 3), the stride counts from it.
 - The stride keeps whole views; `stagger` keeps as many patches of every view instead.
 - Layers are counted from 0 among those across views. Networks of another depth than the probed one take its map stretched.
+- A stream has no number of views to prune by. Its memory's bank keeps parts of frames, at strides that double when it is full
+  (`memory.Parts`); the new frame's queries are not merged.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.merging import GROUP, kept_tokens, match_tokens, merge_tokens, merged_length, take_tokens
 from speed3r_ros.model.attention import SOME_LAYER, Layer, Strategy, Tokens, unmasked
+from speed3r_ros.model.memory import Parts
 
 SENSITIVE = {"pi3": (11, 16, 18), "vggt": (11, 16, 24), "da3": (3, 12, 14)}  # first, last, of so many layers
 SIMILARITIES = ("input", "keys")
@@ -47,12 +50,12 @@ def key_stride(views: int) -> int:
 
 @dataclass(frozen=True)
 class Spark3R(Strategy):
-    """Training-free reduction of tokens; it has no gradient, and needs all views at once.
+    """Training-free reduction of tokens; it has no gradient, and needs all views at once or a memory with `parts`.
 
     ratio: r_Q, by default `query_ratio` of the views. strides: r_KV of every layer, or one for each, instead of the rule:
     `key_stride` of the views, times `factor` in layers that are not sensitive. sensitive: numbers of layers, by default the
     backbone's. group: consecutive views whose queries are merged. similarity: input or keys. stagger: see the module's text.
-    ValueError on options that make no sense.
+    share, weighted: see `memory.Parts`. ValueError on options that make no sense.
     """
 
     ratio: int | None = None
@@ -62,6 +65,8 @@ class Spark3R(Strategy):
     group: int = GROUP
     similarity: str = "input"
     stagger: bool = False
+    share: int = 4
+    weighted: bool = True
 
     follows_visibility = False
 
@@ -69,6 +74,8 @@ class Spark3R(Strategy):
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"similarity {self.similarity!r}: choose one of {', '.join(SIMILARITIES)}")
         strides = (self.strides,) if self.strides is None or isinstance(self.strides, int) else self.strides
+        if self.share < 1 or self.share & (self.share - 1):
+            raise ValueError(f"share {self.share}: must be a power of two")
         for name, values in (("ratio", (self.ratio,)), ("strides", strides), ("factor", (self.factor,))):
             if any(value is not None and value < 1 for value in values):
                 raise ValueError(f"{name} {getattr(self, name)!r}: must be at least 1")
@@ -89,6 +96,12 @@ class Spark3R(Strategy):
         sensitive = layer.sensitive if self.sensitive is None else layer.number in self.sensitive
         return key_stride(views) * (1 if sensitive else self.factor)
 
+    def parts(self, specials: int, layers: Sequence[Layer]) -> Parts:
+        """See `Strategy`: at first the strides that a single view would get. ValueError if keys are compared."""
+        if self.similarity == "keys":
+            raise ValueError("similarity 'keys': a stream's keys are those of many views; choose input")
+        return Parts(specials, tuple(self.stride(1, layer) for layer in layers), self.share, self.weighted)
+
     def __call__(
         self,
         q: Tokens,
@@ -100,21 +113,24 @@ class Spark3R(Strategy):
         top_k: int,
         layer: Layer = SOME_LAYER,
     ) -> Tensor:
-        """See `Strategy.__call__`; T = N, and the tables are taken to be all true. ValueError if gradients are recorded."""
+        """See `Strategy.__call__`; T = N, and the tables are taken to be all true; or keys and values are a memory's rows,
+        which the layer has a bias for. ValueError if gradients are recorded."""
         if torch.is_grad_enabled() and q.fine.requires_grad:
             raise ValueError("attention 'spark3r' has no gradient: run the network under torch.inference_mode()")
         views = fine.table.shape[1]
         length = q.fine.shape[2] // views
         ratio, stride = self.ratio or query_ratio(views), self.stride(views, layer)
         keys, values, queries, rows = k.fine, v.fine, q.fine, None
-        if stride > 1:
+        if stride > 1 and layer.bias is None:  # what a memory holds is pruned
             index = kept_keys(views, length, specials, stride, self.stagger, layer.reference, keys.device)
             keys, values = take_tokens(keys, index), take_tokens(values, index)
         if ratio > 1:
             compared = q.x if self.similarity == "input" else k.fine.mean(1)
+            if compared is None:
+                raise ValueError(f"ratio {ratio}: this network does not hand on the input to compare; choose 1")
             rows = match_tokens(compared, views, specials, ratio, self.group)
             queries = merge_tokens(queries, rows, views * merged_length(length, specials, ratio))
-        out = unmasked(queries, keys, values)
+        out = unmasked(queries, keys, values, layer.bias)
         return out if rows is None else take_tokens(out, rows)
 
 

@@ -23,7 +23,7 @@ for family in BACKBONES.keys() - {"da3-mono"}:
     NETWORKS[family] = lambda family=family: Incremental(tiny_backbone(family), (56, 112))
 
 
-@pytest.mark.parametrize("attention", ["speed3r", "dense"])
+@pytest.mark.parametrize("attention", ["speed3r", "dense", "spark3r"])
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 @torch.inference_mode()
 def test_replay_equals_launch(name, attention):

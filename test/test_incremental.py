@@ -96,19 +96,19 @@ def test_sixteen_bits_are_those_of_the_weights(family):
             assert a.points.dtype == torch.float32 and relative_error(a.points, b.points) < 0.05
 
 
-@pytest.mark.parametrize("family", UNLIKE)
+@pytest.mark.parametrize("family, attention", [*((family, "speed3r") for family in UNLIKE), ("pi3x", "spark3r")])
 @torch.inference_mode()
-def test_memory_is_flat_and_time_leaves_no_trace(family):
+def test_memory_is_flat_and_time_leaves_no_trace(family, attention):
     """A scene that stands still: the same frame gives the same answer however many were dropped, at the same addresses."""
     network = Incremental(tiny_backbone(family), (56, 56))
-    memory = network.new_memory(1, 1, 1, "speed3r")
+    memory = network.new_memory(1, 1, 1, attention)
     tensors = [*memory.slot(0)[:2], memory.index, memory.first, memory.fine, *memory.state.values()]
     addresses, size = [x.data_ptr() for x in tensors], memory.bytes
     opening, still = torch.rand(2, 3, 56, 56)
     kept, census = {}, []
     for t in range(25):
         memory.admit()
-        out = network.step(still if t else opening, memory, None, "speed3r", 2)
+        out = network.step(still if t else opening, memory, None, attention, 2)
         if t % 2 == 0:
             memory.keep()
         if t in (18, 24):
@@ -140,7 +140,7 @@ def test_a_step_asks_nothing_of_the_host(family, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # it knows no device of this kind
     network = Incremental(tiny_backbone(family), SIZE).to("meta")
     image, rays, known = (torch.empty(shape, device="meta") for shape in ((3, *SIZE), (2, *SIZE), (1,)))
-    for attention in ("dense", "speed3r"):
+    for attention in ("dense", "speed3r", "spark3r"):
         memory = network.new_memory(*SMALL, attention)
         with OnOneDevice():
             out = network.step(image, memory, rays, attention, 3, known.bool())
@@ -190,7 +190,7 @@ def textured(count, rng):
     return [np.ascontiguousarray(wall[20:116, 8 * i : 8 * i + 128]) for i in range(count)]
 
 
-@pytest.mark.parametrize("family, attention", [("pi3", "dense"), ("vggt", "speed3r"), ("da3", "dense")])
+@pytest.mark.parametrize("family, attention", [("pi3", "spark3r"), ("vggt", "speed3r"), ("da3", "dense")])
 def test_the_engine_streams_a_backbone_through_its_segments(family, attention):
     network = Incremental(tiny_backbone(family), SIZE)
     config = EngineConfig(
@@ -240,9 +240,10 @@ def test_the_engine_streams_a_backbone_in_windows(family, attention):
         ({"height": 400}, "engine.height = 400: pi3 with dense attention needs a multiple of 14, e.g. 406, or 0"),
         ({"width": 70, "attention": "speed3r"}, "engine.width = 70: pi3 with speed3r attention needs a multiple of 56"),
         ({"model": "speed3r-pi3", "height": 14}, "needs a multiple of 56, e.g. 56, or 0"),
-        ({"attention": "spark3r"}, "engine.attention = 'spark3r': works on whole sequences; use speed3r or dense"),
-        ({"model": "compact", "attention": "spark3r"}, "engine.attention = 'spark3r': works on whole sequences"),
-        ({"attention": "lite3r"}, "engine.attention = 'lite3r': works on whole sequences"),
+        (
+            {"attention": "lite3r"},
+            "engine.attention = 'lite3r': of backbones, it works on whole sequences; use speed3r, spark3r",
+        ),
         ({"precision": "int8"}, "engine.precision = 'int8': only compact runs in it; use auto, fp8, bf16 or fp32"),
         ({"model": "da3-mono"}, "choose one of compact, pi3"),
     ],

@@ -8,9 +8,6 @@ import torch
 from speed3r_ros.kernels import merging
 from speed3r_ros.kernels.frames import Visible, frame_attention, triton
 from speed3r_ros.kernels.merging import (
-    budget_frames,
-    budget_slot,
-    budget_stride,
     kept_tokens,
     match_tokens,
     match_tokens_reference,
@@ -204,25 +201,6 @@ def test_kept_tokens_are_their_definition(frames, length, specials, stride, stag
     assert kept_tokens(frames, length, specials, stride, stagger).tolist() == [expected]
 
 
-@pytest.mark.parametrize("budget", [2, 6, 8, 40])
-def test_a_budget_keeps_every_stride_th_frame_in_slots_that_never_move(budget):
-    held = {}
-    stride = 1
-    for frame in range(budget * 40):
-        if frame % stride == 0 and len(held) == budget:
-            stride *= 2
-            held = {slot: kept for slot, kept in held.items() if kept % stride == 0}
-        slot = budget_slot(frame, budget)
-        assert (slot is None) == (frame % stride != 0)
-        if slot is not None:
-            assert 0 <= slot < budget and slot not in held
-            held[slot] = frame
-        if frame % 7 == 0 or frame < 3 * budget:
-            assert budget_stride(frame + 1, budget) == stride
-            assert budget_frames(frame + 1, budget) == [held.get(slot, -1) for slot in range(budget)]
-    assert held[0] == 0
-
-
 def test_wrong_arguments_are_named():
     x = torch.randn(1, 12, 8)
     with pytest.raises(ValueError, match="5"):
@@ -237,5 +215,3 @@ def test_wrong_arguments_are_named():
         take_tokens(torch.randn(2, 2, 12, 16), torch.zeros(3, 11, dtype=torch.int32))
     with pytest.raises(ValueError, match="stride"):
         kept_tokens(3, 4, 1, 0)
-    with pytest.raises(ValueError, match="even"):
-        budget_slot(3, 5)

@@ -216,7 +216,7 @@ def test_what_cannot_work_is_named(speed3r, images, tmp_path, capsys, name, more
             "engine.attention = 'flash': choose one of",
         ),
         (["--offline", "--model", "pi3", "--set", "engine.precision=int8"], "only compact runs in it"),
-        (["--model", "pi3", "--set", "engine.attention=spark3r"], "works on whole sequences"),
+        (["--model", "pi3", "--set", "engine.attention=lite3r"], "works on whole sequences"),
         (["--views", "5"], "--views: goes with --offline only"),
     ],
 )

@@ -134,7 +134,7 @@ def test_flat_memory_over_ten_thousand_frames():
     )
     network, memory = random_network(config), None
     memory = network.new_memory(2, 2, 4, "speed3r")
-    addresses = memory._fine.data_ptr(), memory._pooled.data_ptr(), memory._mask.data_ptr()
+    addresses = memory.slot(0).fine.data_ptr(), memory._pooled.data_ptr(), memory._mask.data_ptr()
     size, census = memory.bytes, {}
     image = torch.rand(3, 56, 56)
     for t in range(10_000):
@@ -150,7 +150,7 @@ def test_flat_memory_over_ten_thousand_frames():
             assert shapes == ((1, 1, 5), (1, 1, 9), 5, 9)
     assert census[100] == census[5_000] == census[9_999]
     assert (
-        memory._fine.data_ptr(),
+        memory.slot(0).fine.data_ptr(),
         memory._pooled.data_ptr(),
         memory._mask.data_ptr(),
     ) == addresses and memory.bytes == size

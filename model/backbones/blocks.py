@@ -373,7 +373,7 @@ class AcrossViews:
         `Layer.always` shows to those that see them, None for none. ValueError if there is no such strategy, or if it cannot do
         without later views.
         """
-        strategy, pooled = strategy_for(attention, sight is None), None
+        strategy, pooled = strategy_for(attention, sight is None or sight.in_parts), None
         if strategy.in_blocks:
             pooled = rotary(at[specials:].view(-1, BLOCK, 2).sum(1) // BLOCK, width, rounded)
         tables, unmasked, memory = rotary(at, width, rounded), sight is None, None
@@ -409,9 +409,12 @@ class AcrossViews:
 
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
-        linear = getattr(block.attn, "proj_lin", None)
-        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always)
+        linear, bias = getattr(block.attn, "proj_lin", None), None
         tokens = self.before(block, x, number)
+        if self.memory is not None and not self.attention.follows_visibility:  # rows of whole frames and of parts
+            k, v, bias = self.memory.rows(number)
+            tokens = tokens[0], Tokens(k), Tokens(v)
+        layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always, bias)
         out = self.attention(*tokens, self.fine, self.coarse, self.specials, self.top_k, layer)
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)
@@ -511,6 +514,11 @@ class MultiView(nn.Module):
     @property
     def across_views(self) -> list[Block]:
         """Blocks across views, in the order in which they run."""
+        raise NotImplementedError
+
+    @property
+    def sensitive(self) -> frozenset[int]:
+        """Numbers of those that bear few keys badly: see `spark3r.sensitive_layers`."""
         raise NotImplementedError
 
     def trunk(self, images: Tensor, **options: object) -> Heads:

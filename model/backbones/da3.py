@@ -133,9 +133,8 @@ class Encoder(DinoV2):
             width = self.config.channels // self.config.heads
             tables = rotary(layout.at, width)
             # across views, all patches stand at the same place
-            sensitive = sensitive_layers("da3", len(self.across_views))
             at = layout.at.clamp(max=1)
-            across = AcrossViews.of(at, 1, views, width, attention, top_k, chunk, sensitive, sight=sight)
+            across = AcrossViews.of(at, 1, views, width, attention, top_k, chunk, self.sensitive, sight=sight)
         outputs, inside = [], x
         for i, block in enumerate(self.blocks):
             if start is not None and i == start - 1 and camera is None and sight is None:
@@ -161,6 +160,11 @@ class Encoder(DinoV2):
         """Blocks across views."""
         start = self.config.alternate_from
         return [block for i, block in enumerate(self.blocks) if i >= start and i % 2]
+
+    @property
+    def sensitive(self) -> frozenset[int]:
+        """See `MultiView.sensitive`."""
+        return sensitive_layers("da3", len(self.across_views))
 
     def _camera_tokens(self, is_reference: Tensor) -> Tensor:
         first, others = self.camera_token[0]
@@ -282,6 +286,11 @@ class Da3(MultiView):
     def across_views(self) -> list[Block]:
         """Blocks across views."""
         return self.model.backbone.pretrained.across_views
+
+    @property
+    def sensitive(self) -> frozenset[int]:
+        """See `MultiView.sensitive`."""
+        return self.model.backbone.pretrained.sensitive
 
     def precision(self, dtype: torch.dtype | str) -> Da3:
         """Run the products of the encoder in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
@@ -409,6 +418,11 @@ class Da3Nested(MultiView):
     def across_views(self) -> list[Block]:
         """Blocks across views."""
         return self.model.da3.backbone.pretrained.across_views
+
+    @property
+    def sensitive(self) -> frozenset[int]:
+        """See `MultiView.sensitive`."""
+        return self.model.da3.backbone.pretrained.sensitive
 
     def state(self, slots: int) -> dict[str, tuple[int, ...]]:
         """See `MultiView.state`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from speed3r_ros.kernels.qkv import BLOCK
+from speed3r_ros.model.attention import Layer, Strategy
 from speed3r_ros.model.backbones.blocks import MultiView, patch_grid
 from speed3r_ros.model.backbones.results import invert
 from speed3r_ros.model.memory import Memory
@@ -38,15 +39,15 @@ class Incremental(nn.Module):
         self.backbone.precision(dtype)
         return self
 
-    def new_memory(self, window: int, anchors: int, bank: int, attention: str) -> Memory:
+    def new_memory(self, window: int, anchors: int, bank: int, attention: str | Strategy) -> Memory:
         """A memory for `step` with this attention, in the type of the matrix products."""
         blocks, patches = self.backbone.across_views, self.grid[0] * self.grid[1]
-        first = blocks[0].attn
+        first, strategy, sensitive = blocks[0].attn, strategy_for(attention), self.backbone.sensitive
         return Memory(
             len(blocks),
             first.heads,
             self.backbone.specials + patches,
-            patches // BLOCK if strategy_for(attention).in_blocks else 0,
+            patches // BLOCK if strategy.in_blocks else 0,
             first.proj.out_features // first.heads,
             window,
             anchors,
@@ -54,6 +55,7 @@ class Incremental(nn.Module):
             compute_dtype(first.qkv),
             first.proj.weight.device,
             {"origin": (4, 4), **self.backbone.state(window + anchors + 1)},
+            strategy.parts(self.backbone.specials, [Layer(i, i in sensitive) for i in range(len(blocks))]),
         )
 
     def step(
@@ -61,7 +63,7 @@ class Incremental(nn.Module):
         image: Tensor,
         memory: Memory,
         rays: Tensor | None = None,
-        attention: str = "dense",
+        attention: str | Strategy = "dense",
         top_k: int = 32,
         known: Tensor | None = None,
     ) -> Prediction:

@@ -214,6 +214,11 @@ class Pi3(MultiView):
         return [across for _, across in self.pairs]
 
     @property
+    def sensitive(self) -> frozenset[int]:
+        """See `MultiView.sensitive`."""
+        return sensitive_layers("pi3", len(self.pairs))
+
+    @property
     def specials(self) -> int:
         """Register tokens per view."""
         return self.config.registers
@@ -252,10 +257,10 @@ class Pi3(MultiView):
         x = layout.arrange(x)
         if x is given:
             x = x.clone()  # the blocks write in its place
-        tables, sensitive = self._tables(layout.at), sensitive_layers("pi3", len(self.pairs))
+        tables = self._tables(layout.at)
         width = tables[0].shape[-1]
         across = AcrossViews.of(
-            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, self._rounded, sight
+            layout.at, self.specials, views, width, attention, top_k, chunk, self.sensitive, self._rounded, sight
         )
         for i, (frame, across_views) in enumerate(self.pairs):
             x = by_frames(lambda x, frame=frame: frame(x, tables), chunk, x, out=x)

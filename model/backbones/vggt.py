@@ -79,6 +79,11 @@ class Aggregator(nn.Module):
         """Camera token and registers per view."""
         return 1 + self.config.registers
 
+    @property
+    def sensitive(self) -> frozenset[int]:
+        """See `MultiView.sensitive`."""
+        return sensitive_layers("vggt", len(self.global_blocks))
+
     def encode(self, images: Tensor, chunk: int) -> Tensor:
         """Images (F, 3, H, W) in [0, 1], on any device -> patch tokens (F, h * w, C), row-major."""
         device = self.camera_token.device
@@ -105,10 +110,9 @@ class Aggregator(nn.Module):
         is_first = torch.arange(views, device=x.device) == 0 if sight is None else sight.first
         x = layout.arrange(torch.cat([self.special_tokens(len(x) // views, is_first), x], 1))
         width = self.config.channels // self.config.heads
-        sensitive = sensitive_layers("vggt", len(self.global_blocks))
         always = torch.arange(0, views, ALWAYS_EVERY, device=x.device) if sight is None else None
         across = AcrossViews.of(
-            layout.at, self.specials, views, width, attention, top_k, chunk, sensitive, sight=sight, always=always
+            layout.at, self.specials, views, width, attention, top_k, chunk, self.sensitive, sight=sight, always=always
         )
         outputs = {}
         for i, (frame, across_views) in enumerate(zip(self.frame_blocks, self.global_blocks)):
@@ -210,6 +214,11 @@ class Vggt(MultiView):
     def across_views(self) -> list[Block]:
         """Blocks across views."""
         return list(self.aggregator.global_blocks)
+
+    @property
+    def sensitive(self) -> frozenset[int]:
+        """See `MultiView.sensitive`."""
+        return self.aggregator.sensitive
 
     @property
     def specials(self) -> int:
