@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from tiny_backbones import PI3, tiny_backbone
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed3r_ros.kernels.fp8 import fp8_linear, quantise_rows
 from speed3r_ros.model import weights
@@ -25,10 +27,13 @@ from speed3r_ros.model.network import Block, Network, NetworkConfig
 from speed3r_ros.model.quantised import train_in_fp8
 from speed3r_ros.training import checkpoint, recipes
 from speed3r_ros.training.__main__ import main
+from speed3r_ros.training.augment import augment
 from speed3r_ros.training.config import CONFIGS, with_values
 from speed3r_ros.training.distil import Geometry, distillation_loss, geometry, speed3r_student
 from speed3r_ros.training.recipes import predict
+from speed3r_ros.training.textures import Rng
 from speed3r_ros.training.trainer import Trainer
+from speed3r_ros.training.world import moving
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
@@ -233,6 +238,57 @@ def test_backbones_take_part(recipe, values, tmp_path, monkeypatch):
         assert type(trainer.network) is Network and changed
     if values.get("student"):
         load_into(Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})), tmp_path / "run/weights/model.safetensors", "")
+
+
+class Waits(TorchDispatchMode):
+    """Collects where a step would make the host wait for a GPU; it runs on a CPU.
+
+    That is where values are read back, where shapes depend on values, and where tensors are made of Python numbers, whose
+    copies block. kernels/ is left out: a GPU takes another path there.
+    """
+
+    FOUND = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh")
+    FOUND += ("nanmedian", "linalg_matrix_exp")  # on a GPU these read values back inside
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        masked = name.startswith(("index.", "index_put")) and torch.bool in [x.dtype for x in args[1] if x is not None]
+        if name in self.FOUND or masked:
+            caller = [frame for frame in traceback.extract_stack() if "speed3r_ros" in frame.filename][-1]
+            if "/kernels/" not in caller.filename:
+                self.found.add(f"{caller.filename}:{caller.lineno} {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe, start", [("compact", None), ("distil", "teacher"), ("lite3r", "init")])
+def test_a_step_does_not_wait_for_the_device(recipe, start, tmp_path):
+    """Both stages of `compact`; scenes are sampled before."""
+    values = {start: tiny_weights(tmp_path / "weights")} if start else dict(dense_share=0.5)
+    trainer, waits = Trainer(recipe, config(recipe, steps=2, frames=4, **values), tmp_path / "run"), Waits()
+    data = trainer.data
+    for trainer.step in range(2):
+        if trainer.stage_progress()[0] != trainer.stage_number:
+            trainer._next_stage(1)
+        draw = trainer.draw()
+        batch = data(trainer.step, len(draw.known), draw.views, draw.size)
+        trainer.data = lambda *_, batch=batch: batch
+        trainer.recipe.resize(draw.size)  # makes tables when the size changes
+        with waits:
+            trainer.update(draw)
+    assert not waits.found
+
+
+def test_what_follows_the_ray_caster_does_not_wait_for_the_device():
+    rng, radiance = Rng("cpu", int(torch.randint(2**31, ()))), torch.rand(4, 3, 16, 16)
+    augment(radiance, 2, 2, rng)  # makes its tables
+    with Waits() as waits:
+        augment(radiance, 2, 2, rng)
+        moving(torch.zeros(2, 16, 16, dtype=torch.uint8))
+    assert not waits.found
 
 
 def test_finetune_lowers_its_loss_on_recorded_sequences(tmp_path):
