@@ -1,5 +1,6 @@
 """The training recipes at a tiny size on the CPU."""
 
+import json
 import os
 import socket
 import subprocess
@@ -310,10 +311,10 @@ def test_finetune_lowers_its_loss_on_recorded_sequences(tmp_path):
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """Gradients, as AdamW's first moments, of two gloo processes with 4 frames each and of one with 8."""
+    """Gradients, as AdamW's first moments, of two gloo processes with 4 frames each and of one with 8; and held-out rows."""
     recordings.write_listing(tmp_path / "a", np.random.default_rng(), 6, (96, 128))
     init = tiny_weights(tmp_path / "w")
-    values = SMALL | dict(steps=1, init=init, sequences=f"{tmp_path}/a", longest=2)
+    values = SMALL | dict(steps=1, init=init, sequences=f"{tmp_path}/a", longest=2, held_out=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -338,6 +339,10 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         if name.startswith("mean."):
             off = max(off, float((two[name] - value).abs().max()) / largest)
     assert off < 1e-3  # a pixel may change sides of a threshold when sums are rounded otherwise
+    one, two = (json.loads((tmp_path / name / "held_out.json").read_text()) for name in ("one", "two"))
+    assert list(one) == list(two) and len(one) == 10
+    for name, row in one.items():
+        assert two[name]["rotation"] == pytest.approx(row["rotation"], rel=0.02, abs=0.1), name
 
 
 def test_pi3_becomes_speed3r_pi3():
