@@ -241,6 +241,21 @@ def test_backbones_take_part(recipe, values, tmp_path, monkeypatch):
         load_into(Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})), tmp_path / "run/weights/model.safetensors", "")
 
 
+@pytest.mark.parametrize("recipe", ["compact", "lite3r"])
+def test_losses_are_not_rounded_with_the_network(recipe, tmp_path):
+    """In bf16, the true poses' mean angle over pairs is what it is in float64."""
+    values = dict(init=tiny_weights(tmp_path / "w")) if recipe == "lite3r" else {}
+    trainer = Trainer(recipe, config(recipe, steps=1, precision="bf16", **values), tmp_path / "run")
+    draw = trainer.draw()
+    batch = trainer.data(0, len(draw.known), draw.views, draw.size)
+    trainer.data = lambda *_: batch
+    found = trainer._gradients(draw)["rot_identity"]
+    R = batch["R"].double()
+    chords = (R[:, :, None] - R[:, None]).square().sum((-1, -2)).sqrt() / 2**0.5  # |1 - R_i' R_j| = |R_i - R_j|
+    expected = chords.sum().rad2deg() / (len(R) * draw.views * (draw.views - 1))
+    assert float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
+
+
 class Waits(TorchDispatchMode):
     """Collects where a step would make the host wait for a GPU; it runs on a CPU.
 

@@ -42,8 +42,8 @@ def geometry(out: Prediction | Reconstruction) -> Geometry:
     """Of the output of the compact network or of an official backbone."""
     if isinstance(out, Prediction):
         return Geometry(out.points, out.R, out.t, out.confidence, out.log_sigma)
-    T = out.T_world_cam
-    return Geometry(out.points.permute(0, 1, 4, 2, 3), T[..., :3, :3], T[..., :3, 3])
+    T = out.T_world_cam.float()
+    return Geometry(out.points.float().permute(0, 1, 4, 2, 3), T[..., :3, :3], T[..., :3, 3])
 
 
 def normals(points: Tensor) -> Tensor:

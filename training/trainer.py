@@ -244,8 +244,7 @@ class Trainer:
         """Forward and backward; figures to log."""
         self.recipe.resize(draw.size)
         batch: Batch = self.data(self.step, len(draw.known), draw.views, draw.size)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            total, figures = self.recipe.loss(self.model, batch, draw)
+        total, figures = self.recipe.loss(self.model, batch, draw)
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
         return figures
