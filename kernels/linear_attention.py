@@ -345,4 +345,6 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tenso
     (B or 1, T, N). Returns (B, H, T, X, D) in q's type; a frame that sees nothing gets zeros. Differentiable. Raises
     ValueError on shapes that do not fit.
     """
-    return (linear_attention_triton if on_kernels(q) else linear_attention_reference)(q, k, v, visible)
+    run = linear_attention_triton if on_kernels(q) else linear_attention_reference
+    with torch.autocast(q.device.type, enabled=False):  # it would round states and their sums
+        return run(q, k, v, visible)

@@ -802,7 +802,7 @@ if triton is not None:
         edge = wide_cosine * tl.sqrt(tl.maximum(beyond, 0.0)) - wide_sine * grown
         return _k_bits((radius > 0) & ((beyond <= 0) | (wx * ax + wy * ay + wz * az >= edge)))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N", "H", "W", "sequence_stride", "frame_stride"])  # it takes long to compile
     def _k_render(
         prim,
         mat,

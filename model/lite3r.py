@@ -74,10 +74,9 @@ class Lite3R(Strategy):
             )
         if self.sparse == "blocks":
             compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, fine, top_k)
-            selected_alone = torch.tensor([0.0, 1.0], device=q.fine.device, dtype=q.fine.dtype).expand(
-                *q.fine.shape[:3], 2
-            )
-            out = selected_attention(q.fine, k.fine, v.fine, index, compressed, selected_alone, fine, specials)
+            gate = torch.arange(2, device=q.fine.device, dtype=q.fine.dtype)  # the selected branch alone
+            gate = gate.expand(*q.fine.shape[:3], 2)
+            out = selected_attention(q.fine, k.fine, v.fine, index, compressed, gate, fine, specials)
         elif self.sparse == "tokens":
             out = attend_to_best(q.fine, k.fine, v.fine, self.keep)
         else:

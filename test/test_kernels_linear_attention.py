@@ -170,6 +170,15 @@ def test_parts_are_their_references():
     torch.testing.assert_close(module.read_states_triton(q, states), read_states_reference(q, states))
 
 
+def test_autocast_does_not_round_the_states():
+    """As in training; on a GPU the kernels refuse rounded states."""
+    q, k, v = torch.randn(3, 1, 2, 3, 16, 16, device=DEVICE)
+    visible = Visible(torch.ones(1, 3, 3, dtype=torch.bool, device=DEVICE).tril())
+    expected = linear_attention(q, k, v, visible)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(linear_attention(q, k, v, visible), expected)
+
+
 def test_wrong_shapes_are_named():
     q, k = torch.randn(1, 2, 3, 5, 16), torch.randn(1, 2, 4, 5, 16)
     with pytest.raises(ValueError, match="visible"):

@@ -1,9 +1,11 @@
 """The training recipes at a tiny size on the CPU."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 import yaml
 from tiny_backbones import PI3, tiny_backbone
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed3r_ros.kernels.fp8 import fp8_linear, quantise_rows
 from speed3r_ros.model import weights
@@ -25,10 +28,13 @@ from speed3r_ros.model.network import Block, Network, NetworkConfig
 from speed3r_ros.model.quantised import train_in_fp8
 from speed3r_ros.training import checkpoint, recipes
 from speed3r_ros.training.__main__ import main
+from speed3r_ros.training.augment import augment
 from speed3r_ros.training.config import CONFIGS, with_values
 from speed3r_ros.training.distil import Geometry, distillation_loss, geometry, speed3r_student
 from speed3r_ros.training.recipes import predict
+from speed3r_ros.training.textures import Rng
 from speed3r_ros.training.trainer import Trainer
+from speed3r_ros.training.world import moving
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
@@ -235,6 +241,72 @@ def test_backbones_take_part(recipe, values, tmp_path, monkeypatch):
         load_into(Speed3RPi3(Pi3Config(**{**PI3, "registers": 0})), tmp_path / "run/weights/model.safetensors", "")
 
 
+@pytest.mark.parametrize("recipe", ["compact", "lite3r"])
+def test_losses_are_not_rounded_with_the_network(recipe, tmp_path):
+    """In bf16, the true poses' mean angle over pairs is what it is in float64."""
+    values = dict(init=tiny_weights(tmp_path / "w")) if recipe == "lite3r" else {}
+    trainer = Trainer(recipe, config(recipe, steps=1, precision="bf16", **values), tmp_path / "run")
+    draw = trainer.draw()
+    batch = trainer.data(0, len(draw.known), draw.views, draw.size)
+    trainer.data = lambda *_: batch
+    found = trainer._gradients(draw)["rot_identity"]
+    R = batch["R"].double()
+    chords = (R[:, :, None] - R[:, None]).square().sum((-1, -2)).sqrt() / 2**0.5  # |1 - R_i' R_j| = |R_i - R_j|
+    expected = chords.sum().rad2deg() / (len(R) * draw.views * (draw.views - 1))
+    assert float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
+
+
+class Waits(TorchDispatchMode):
+    """Collects where a step would make the host wait for a GPU; it runs on a CPU.
+
+    That is where values are read back, where shapes depend on values, and where tensors are made of Python numbers, whose
+    copies block. kernels/ is left out: a GPU takes another path there.
+    """
+
+    FOUND = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh")
+    FOUND += ("nanmedian", "linalg_matrix_exp")  # on a GPU these read values back inside
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        masked = name.startswith(("index.", "index_put")) and torch.bool in [x.dtype for x in args[1] if x is not None]
+        if name in self.FOUND or masked:
+            caller = [frame for frame in traceback.extract_stack() if "speed3r_ros" in frame.filename][-1]
+            if "/kernels/" not in caller.filename:
+                self.found.add(f"{caller.filename}:{caller.lineno} {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe, start", [("compact", None), ("distil", "teacher"), ("lite3r", "init")])
+def test_a_step_does_not_wait_for_the_device(recipe, start, tmp_path):
+    """Both stages of `compact`; scenes are sampled before."""
+    values = {start: tiny_weights(tmp_path / "weights")} if start else dict(dense_share=0.5)
+    trainer, waits = Trainer(recipe, config(recipe, steps=2, frames=4, **values), tmp_path / "run"), Waits()
+    data = trainer.data
+    for trainer.step in range(2):
+        if trainer.stage_progress()[0] != trainer.stage_number:
+            trainer._next_stage(1)
+        draw = trainer.draw()
+        batch = data(trainer.step, len(draw.known), draw.views, draw.size)
+        trainer.data = lambda *_, batch=batch: batch
+        trainer.recipe.resize(draw.size)  # makes tables when the size changes
+        with waits:
+            trainer.update(draw)
+    assert not waits.found
+
+
+def test_what_follows_the_ray_caster_does_not_wait_for_the_device():
+    rng, radiance = Rng("cpu", int(torch.randint(2**31, ()))), torch.rand(4, 3, 16, 16)
+    augment(radiance, 2, 2, rng)  # makes its tables
+    with Waits() as waits:
+        augment(radiance, 2, 2, rng)
+        moving(torch.zeros(2, 16, 16, dtype=torch.uint8))
+    assert not waits.found
+
+
 def test_finetune_lowers_its_loss_on_recorded_sequences(tmp_path):
     rng = np.random.default_rng(int(torch.randint(2**31, ())))
     recordings.write_listing(tmp_path / "a", rng, 6, (96, 128))
@@ -254,10 +326,10 @@ def test_finetune_lowers_its_loss_on_recorded_sequences(tmp_path):
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """Gradients, as AdamW's first moments, of two gloo processes with 4 frames each and of one with 8."""
+    """Gradients, as AdamW's first moments, of two gloo processes with 4 frames each and of one with 8; and held-out rows."""
     recordings.write_listing(tmp_path / "a", np.random.default_rng(), 6, (96, 128))
     init = tiny_weights(tmp_path / "w")
-    values = SMALL | dict(steps=1, init=init, sequences=f"{tmp_path}/a", longest=2)
+    values = SMALL | dict(steps=1, init=init, sequences=f"{tmp_path}/a", longest=2, held_out=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -282,6 +354,10 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         if name.startswith("mean."):
             off = max(off, float((two[name] - value).abs().max()) / largest)
     assert off < 1e-3  # a pixel may change sides of a threshold when sums are rounded otherwise
+    one, two = (json.loads((tmp_path / name / "held_out.json").read_text()) for name in ("one", "two"))
+    assert list(one) == list(two) and len(one) == 10
+    for name, row in one.items():
+        assert two[name]["rotation"] == pytest.approx(row["rotation"], rel=0.02, abs=0.1), name
 
 
 def test_pi3_becomes_speed3r_pi3():

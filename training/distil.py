@@ -42,8 +42,8 @@ def geometry(out: Prediction | Reconstruction) -> Geometry:
     """Of the output of the compact network or of an official backbone."""
     if isinstance(out, Prediction):
         return Geometry(out.points, out.R, out.t, out.confidence, out.log_sigma)
-    T = out.T_world_cam
-    return Geometry(out.points.permute(0, 1, 4, 2, 3), T[..., :3, :3], T[..., :3, 3])
+    T = out.T_world_cam.float()
+    return Geometry(out.points.float().permute(0, 1, 4, 2, 3), T[..., :3, :3], T[..., :3, 3])
 
 
 def normals(points: Tensor) -> Tensor:
@@ -74,10 +74,13 @@ def distillation_loss(student: Geometry, teacher: Geometry, valid: Tensor) -> tu
     normal = mean_where(1 - (normals(points) * normals(target)).sum(2), corner)
 
     views = R.shape[1]
-    off = ~torch.eye(views, dtype=torch.bool, device=R.device)
+    share = (1 - torch.eye(views, dtype=R.dtype, device=R.device)) / (
+        len(R) * views * (views - 1)
+    )  # of each ordered pair of views
     chord = ((R - R_true).square().sum((-1, -2)) + 1e-10).sqrt() / 8**0.5
-    angle = (2 * chord.clamp(max=1 - 1e-6).asin())[:, off].mean()
-    translation = F.huber_loss((scale.view(-1, 1, 1, 1) * t)[:, off], t_true[:, off], delta=HUBER)
+    angle = (2 * chord.clamp(max=1 - 1e-6).asin() * share).sum()
+    huber = F.huber_loss(scale.view(-1, 1, 1, 1) * t, t_true, reduction="none", delta=HUBER)
+    translation = (huber.mean(-1) * share).sum()
     camera = 0.1 * (100 * translation + angle)
     total = point + normal + torch.where(camera < LARGEST, camera, 0 * camera)
     if student.confidence is not None and teacher.confidence is not None:

@@ -205,6 +205,10 @@ def losses(
             matched=matched,
             gradient=gradient,
             sigma=sigma,
-            absrel=torch.where(valid, log_error.exp() - 1, torch.nan).flatten()[::97].abs().nanmedian().nan_to_num(),
+            absrel=torch.where(valid, log_error.exp() - 1, torch.nan)
+            .flatten()[::97]
+            .abs()
+            .nanmedian(0)
+            .values.nan_to_num(),
         )
     return total, {name: value.detach() for name, value in figures.items()}

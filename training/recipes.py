@@ -205,9 +205,14 @@ class Recipe:
             if isinstance(network, Network) and (network.config.height, network.config.width) != size:
                 network.resize(*size)
 
+    def predict(self, model: nn.Module, batch: Batch, draw: Draw, attention: str | Strategy) -> object:
+        """`predict` in the precision of the settings; losses are outside, because products of poses need float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return predict(model, batch, draw, attention, self.config.top_k)
+
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the network, as `model` wraps it, and figures to log."""
-        return losses(predict(model, batch, draw, draw.stage.attention, self.config.top_k), batch, draw.shift)
+        return losses(self.predict(model, batch, draw, draw.stage.attention), batch, draw.shift)
 
 
 class Distil(Recipe):
@@ -235,8 +240,8 @@ class Distil(Recipe):
         every = torch.ones_like(draw.fine)
         whole = replace(draw, fine=every, coarse=every)
         with torch.no_grad():
-            teacher = geometry(predict(self.teacher, batch, whole, "dense", self.config.top_k))
-        student = geometry(predict(model, batch, draw, draw.stage.attention, self.config.top_k))
+            teacher = geometry(self.predict(self.teacher, batch, whole, "dense"))
+        student = geometry(self.predict(model, batch, draw, draw.stage.attention))
         return distillation_loss(student, teacher, where_counted(batch["valid"], batch["judged"]))
 
 
@@ -264,8 +269,8 @@ class Lite3R(Recipe):
         c = self.config
         exact, own = Recorded(dense), Recorded(STRATEGIES["lite3r"])
         with torch.no_grad():
-            truth = predict(self.teacher, batch, draw, exact, c.top_k)
-        out = predict(model, batch, draw, own, c.top_k)
+            truth = self.predict(self.teacher, batch, draw, exact)
+        out = self.predict(model, batch, draw, own)
         if isinstance(self.network, Network):
             task, figures = losses(out, batch, draw.shift)
         else:

@@ -227,16 +227,16 @@ class Trainer:
                 self.save()
                 saved = now
         bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if self.rank == 0 and count:
             self._log(sums, count, frames / max(time.monotonic() - logged, 1e-9), rate)
         self.save()
+        for number, handler in handlers.items():  # only now: torchrun passes on a signal that processes already had
+            signal.signal(number, handler)
         self.say(f"{self.step} steps, {self.trained:.0f} s of training, {'done' if self.progress >= 1 else 'stopped'}")
         if self.progress >= 1:
             self.evaluate()
         if self.world > 1:
-            dist.barrier()  # for the first one's evaluation
+            dist.barrier()  # for the first one's files
         if self.events:
             self.events.close()
 
@@ -244,8 +244,7 @@ class Trainer:
         """Forward and backward; figures to log."""
         self.recipe.resize(draw.size)
         batch: Batch = self.data(self.step, len(draw.known), draw.views, draw.size)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            total, figures = self.recipe.loss(self.model, batch, draw)
+        total, figures = self.recipe.loss(self.model, batch, draw)
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
         return figures
@@ -329,25 +328,34 @@ class Trainer:
 
     @torch.compiler.set_stance("force_eager")
     def evaluate(self) -> None:
-        """Held-out rendered sequences, as a table and as JSON, for the compact network."""
+        """Held-out rendered sequences, logged and as JSON, for the compact network; processes take turns of a row each."""
         network, rows = self.averaged(), {}
-        if self.rank or not self.config.held_out or not isinstance(network, Network):
+        if not self.config.held_out or not isinstance(network, Network):
             return
-        for split, views in itertools.product(SPLITS, (2, 4, 8, 12, 24)):
-            row = evaluate_rendered(
-                network,
-                self.config.held_out,
-                views,
-                self.device,
-                attention=self.stages[-1].attention,
-                top_k=self.config.top_k,
-                seed=100 + views,
-                split=split,
-            )
-            rows[f"{split}, {views} views"] = row
-            self.say(f"held-out {split}, {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        with written_whole(self.out / "held_out.json") as partial:
-            partial.write_text(json.dumps(rows, indent=1))
+        wanted = list(itertools.product(SPLITS, (2, 4, 8, 12, 24)))
+        for first in range(0, len(wanted), self.world):
+            turn, row = wanted[first : first + self.world], None
+            if self.rank < len(turn):
+                split, views = turn[self.rank]
+                row = evaluate_rendered(
+                    network,
+                    self.config.held_out,
+                    views,
+                    self.device,
+                    attention=self.stages[-1].attention,
+                    top_k=self.config.top_k,
+                    seed=100 + views,
+                    split=split,
+                )
+            parts = [row] * self.world
+            if self.world > 1:
+                dist.all_gather_object(parts, row)
+            for (split, views), row in zip(turn, parts):
+                rows[f"{split}, {views} views"] = row
+                self.say(f"held-out {split}, {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in row.items()))
+        if self.rank == 0:
+            with written_whole(self.out / "held_out.json") as partial:
+                partial.write_text(json.dumps(rows, indent=1))
 
     def save(self) -> None:
         """Write the checkpoint and the averaged weights, from the first process; with FSDP all must call."""

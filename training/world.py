@@ -421,13 +421,15 @@ def add_movers(
     prim = prim[:, None].repeat(1, N, 1, 1)
     rows = primitives(c, s, q, taper)[:, None].repeat(1, N, 1, 1)
     rows[..., 9:12] = rows[..., 9:12] + offset.transpose(1, 2)
-    prim[:, :, list(MOVERS)] = rows * there[:, None, :, None]
+    rows = rows * there[:, None, :, None]
+    for number, slot in enumerate(MOVERS):
+        prim[:, :, slot] = rows[:, :, number]
     return prim
 
 
 def moving(index: Tensor) -> Tensor:
     """Where a primitive seen (any shape) is one that moves."""
-    return (index[..., None] == torch.tensor(MOVERS, device=index.device, dtype=index.dtype)).any(-1)
+    return torch.stack([index == solid for solid in MOVERS]).any(0)
 
 
 def change_materials(r: Rng, config: WorldConfig, families: Tensor, mat: Tensor) -> Tensor:
