@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def test_distil_moves_the_student_towards_the_teacher(tmp_path):
     teacher, init = tiny_weights(tmp_path / "teacher"), tiny_weights(tmp_path / "student")
-    settings = config("distil", steps=10, teacher=teacher, init=init, lr=2e-3)
+    settings = config("distil", steps=20, teacher=teacher, init=init, lr=2e-3)
     trainer = Trainer("distil", settings, tmp_path / "run")
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
 
