@@ -16,7 +16,6 @@ import torch
 
 from kernels import CUDA, DEVICE, milliseconds
 from speed3r_ros.training.render import SceneDataset, WorldConfig
-from speed3r_ros.training.world import sample_world
 
 SIZES = ((168, 224), (224, 336), (336, 448), (392, 504)) if CUDA else ((28, 56),)
 FRAMES, VIEWS = (240, 8) if CUDA else (8, 4)
@@ -30,8 +29,7 @@ def row(name: str, dataset: SceneDataset, frames: int) -> str:
     whole = frames / milliseconds(lambda: dataset.batch(*size[:2])) * 1e3  # frames/s
     cast = "–"
     if dataset.world is not None:
-        families = dataset.textures.families
-        scene = sample_world(dataset.random, random.Random(0), dataset.world, families, *size, None)
+        scene = dataset.sample(dataset.layout, random.Random(0), *size[:2])
         took = milliseconds(lambda: dataset.cast(scene, dataset.textures.data, *size[2:], dataset.samples))
         cast = f"{frames / took * 1e3:,.0f}"
     return f"| {name} | {whole:,.0f} | {cast} | {whole / RATE:.2f} |"

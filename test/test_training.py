@@ -28,13 +28,11 @@ from speed3r_ros.model.network import Block, Network, NetworkConfig
 from speed3r_ros.model.quantised import train_in_fp8
 from speed3r_ros.training import checkpoint, recipes
 from speed3r_ros.training.__main__ import main
-from speed3r_ros.training.augment import augment
 from speed3r_ros.training.config import CONFIGS, with_values
 from speed3r_ros.training.distil import Geometry, distillation_loss, geometry, speed3r_student
 from speed3r_ros.training.recipes import predict
-from speed3r_ros.training.textures import Rng
+from speed3r_ros.training.render import SceneDataset, WorldConfig
 from speed3r_ros.training.trainer import Trainer
-from speed3r_ros.training.world import moving
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
@@ -298,12 +296,16 @@ def test_a_step_does_not_wait_for_the_device(recipe, start, tmp_path):
     assert not waits.found
 
 
-def test_what_follows_the_ray_caster_does_not_wait_for_the_device():
-    rng, radiance = Rng("cpu", int(torch.randint(2**31, ()))), torch.rand(4, 3, 16, 16)
-    augment(radiance, 2, 2, rng)  # makes its tables
+@pytest.mark.parametrize("world", [None, WorldConfig()])
+def test_what_follows_the_ray_caster_does_not_wait_for_the_device(world, monkeypatch):
+    scenes = SceneDataset("cpu", int(torch.randint(2**31, ())), 56, 56, 1, textures_per_family=1, world=world)
+    scene = scenes.sample(scenes.layout, scenes.coin, 2, 2)
+    seen = scenes.cast(scene, scenes.textures.data, 56, 56, 1)
+    monkeypatch.setattr(scenes, "sample", lambda *_: scene)
+    monkeypatch.setattr(scenes, "cast", lambda *_: seen)
+    scenes.batch(2, 2)  # makes the sensor's tables
     with Waits() as waits:
-        augment(radiance, 2, 2, rng)
-        moving(torch.zeros(2, 16, 16, dtype=torch.uint8))
+        scenes.batch(2, 2)
     assert not waits.found
 
 
@@ -313,7 +315,7 @@ def test_finetune_lowers_its_loss_on_recorded_sequences(tmp_path):
     recordings.write_listing(tmp_path / "b", rng, 6, (96, 128), with_depth=False)
     settings = config(
         "finetune",
-        steps=12,
+        steps=40,
         init=tiny_weights(tmp_path / "w"),
         lr=2e-3,
         sequences=f"{tmp_path}/a:{tmp_path}/b",

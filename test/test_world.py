@@ -244,7 +244,8 @@ def make():
     seed = int(torch.randint(2**31, ()))
 
     def batch(config):
-        dataset.world, dataset.random, dataset.coin = config, Rng("cpu", seed), random.Random(seed)
+        dataset.world, dataset.coin = config, random.Random(seed)
+        dataset.layout, dataset.random = Rng("cpu", seed), Rng("cpu", seed)
         return dataset.batch(20, 3)
 
     return batch, batch(NOTHING)

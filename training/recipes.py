@@ -125,6 +125,7 @@ class RenderedData:
             self.refreshed += 1
             self._reseed(self.scenes.textures.r, f"textures {self.refreshed}")
             self.scenes.refresh()
+        self._reseed(self.scenes.layout, f"scenes {step}")
         self._reseed(self.scenes.random, f"step {step}")
         self.scenes.coin.seed(f"{self.seed} step {step}")
         self.scenes.height, self.scenes.width = size

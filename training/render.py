@@ -20,6 +20,9 @@ SPLITS = {"rooms": None, "world": WorldConfig()}  # held-out test distributions 
 class SceneDataset:
     """Endless random sequences.
 
+    Scenes are sampled on the CPU, by thousands of small operations that a GPU would wait for, while it is busy with the last
+    batch; textures, rendering and the sensor are on the device.
+
     world: what they are drawn from: None for `rooms`, the first test distribution (furnished rooms, six motions, square pixels,
     sharp images), on which older results are quoted. samples: shading samples per pixel; one knows no motion blur.
     held_out draws from textures and photographs never trained on.
@@ -38,22 +41,29 @@ class SceneDataset:
         verbose: bool = False,
     ) -> None:
         self.height, self.width, self.samples, self.world = height, width, samples, world
-        self.random, self.coin = Rng(device, seed), random.Random(seed)
+        self.layout, self.random, self.coin = Rng("cpu", seed), Rng(device, seed), random.Random(seed)
         self.textures = TextureBank(device, seed + 7, textures_per_family, held_out, outdoor=world is not None)
         self.cast = raycast.raycast
         if self.random.d.type == "cuda":
             self._check_kernel(verbose)
 
-    def _sample(self, r: Rng, coin: random.Random, sequences: int, views: int, code: int | None) -> dict[str, Tensor]:
+    def sample(
+        self, r: Rng, coin: random.Random, sequences: int, views: int, code: int | None = None
+    ) -> dict[str, Tensor]:
+        """Tables of `kernels.raycast` and truth of new scenes, on the device; r is on the CPU. code: index into MOTIONS."""
         size = sequences, views, self.height, self.width
         if self.world is None:
-            return sample_scene(r, *size, self.textures.n, code, basic=True)
-        return sample_world(r, coin, self.world, self.textures.families, *size, code)
+            scene = sample_scene(r, *size, self.textures.n, code, basic=True)
+        else:
+            scene = sample_world(r, coin, self.world, self.textures.families, *size, code)
+        if self.random.d.type == "cuda":
+            scene = {name: table.pin_memory().to(self.random.d, non_blocking=True) for name, table in scene.items()}
+        return scene
 
     @torch.no_grad()
     def _check_kernel(self, verbose: bool) -> None:
         """Compare the kernel with its reference on a few frames; on a mismatch say so and use the reference."""
-        scene = self._sample(Rng(self.random.d, 5), random.Random(5), 4, 2, None)
+        scene = self.sample(Rng("cpu", 5), random.Random(5), 4, 2)
         arguments = scene, self.textures.data, self.height, self.width, self.samples
         found, right = raycast.raycast(*arguments), raycast.raycast_reference(*arguments)
         same = torch.isclose(found.depth, right.depth, rtol=1e-3, atol=0)  # infinity is itself
@@ -78,7 +88,7 @@ class SceneDataset:
         whose depth is infinite (`sky`), and on what moves (`moving`). `judged` is True: the right confidence is known everywhere.
         """
         code = None if motion is None else MOTIONS.index(motion)
-        scene = self._sample(self.random, self.coin, sequences, views, code)
+        scene = self.sample(self.layout, self.coin, sequences, views, code)
         seen = self.cast(scene, self.textures.data, self.height, self.width, self.samples)
         if self.world is None:
             image = augment(seen.rgb, sequences, views, self.random, motion_blur=False)

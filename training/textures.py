@@ -336,7 +336,7 @@ class TextureBank:
         if self.outdoor:
             new = make_outdoor_textures(self.r, k)
             made, families = torch.cat([made, new]), FAMILIES + len(new) // k
-        return pack_mips(made), torch.arange(families, device=self.r.d).repeat_interleave(k)
+        return pack_mips(made), torch.arange(families).repeat_interleave(k)
 
     def refresh(self) -> None:
         """Replace the next few textures by new ones."""
