@@ -66,7 +66,8 @@ setup(
         "hub": [HUB],  # speed3r weights fetch
         "opencv": [OPENCV],  # the bag command on a machine without ROS
         "ros": [OPENCV, *ROS],  # also the node, on a machine without ROS
-        "train": ["pillow>=9.1", "tensorboard"],  # pictures of scenes, events; training runs without
+        # pictures of scenes, photographs for their textures, events; training runs without
+        "train": ["pillow>=9.1", "scikit-image", "matplotlib", "tensorboard"],
         "test": [
             HUB,
             "catkin_pkg",

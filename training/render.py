@@ -43,6 +43,8 @@ class SceneDataset:
         self.height, self.width, self.samples, self.world = height, width, samples, world
         self.layout, self.random, self.coin = Rng("cpu", seed), Rng(device, seed), random.Random(seed)
         self.textures = TextureBank(device, seed + 7, textures_per_family, held_out, outdoor=world is not None)
+        if verbose and self.textures.photos is None:
+            print("no photographs for textures, noise instead: pip install 'speed3r_ros[train]'", flush=True)
         self.cast = raycast.raycast
         if self.random.d.type == "cuda":
             self._check_kernel(verbose)
