@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from kernels import CUDA, DEVICE
+from kernels import CUDA
 from speed3r_ros.training.config import CompactConfig, parse_assignment, with_values
 from speed3r_ros.training.losses import losses
-from speed3r_ros.training.recipes import Draw, predict
+from speed3r_ros.training.recipes import Draw
 from speed3r_ros.training.trainer import Trainer
 
 TINY = dict(network="tiny", init="", sizes="56x56", frames=8, longest=4, precision="fp32")
@@ -64,14 +64,13 @@ def synchronise() -> None:
 
 def step_in_phases(trainer: Trainer, draw: Draw, watch: Stopwatch) -> None:
     """One optimiser step as `Trainer.update` makes it, one phase at a time."""
-    recipe, config = trainer.recipe, trainer.config
+    recipe = trainer.recipe
     recipe.resize(draw.size)
     batch = watch(
         "scenes, rendering, sensor", lambda: trainer.data(trainer.step, len(draw.known), draw.views, draw.size)
     )
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=config.precision == "bf16"):
-        out = watch("forward", lambda: predict(recipe.network, batch, draw, draw.stage.attention, config.top_k))
-        total, _ = watch("losses", lambda: losses(out, batch, draw.shift))
+    out = watch("forward", lambda: recipe.predict(trainer.model, batch, draw, draw.stage.attention))
+    total, _ = watch("losses", lambda: losses(out, batch, draw.shift))
     trainer.optimiser.zero_grad(set_to_none=True)
     watch("backward", total.backward)
     watch("clipping, AdamW, average", trainer.apply_gradients)

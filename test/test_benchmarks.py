@@ -10,6 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import layer_sensitivity
+import training_phases
+
+from speed3r_ros.training.config import CompactConfig, with_values
+from speed3r_ros.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -48,3 +52,14 @@ def test_images_are_read_in_the_order_of_their_names(tmp_path):
     assert images.shape == (1, 2, 3, 14, 28)
     torch.testing.assert_close(images[0, :, 2, 0, 0] * 255, torch.tensor(values[1:].copy()).float())
     assert (images[:, :, 0] == 1).all()
+
+
+def test_a_step_in_phases_is_one_of_the_trainer(tmp_path):
+    """In bf16, where it matters what autocast holds."""
+    seed = int(torch.randint(2**31, ()))
+    config = with_values(CompactConfig(), training_phases.TINY | dict(precision="bf16", steps=1, seed=seed))
+    whole, parts = (Trainer("compact", config, tmp_path / name) for name in ("whole", "parts"))
+    whole.update(whole.draw())
+    training_phases.step_in_phases(parts, parts.draw(), training_phases.Stopwatch())
+    for name, value in whole.parameters.items():
+        assert torch.equal(parts.parameters[name], value), f"seed {seed}: {name}"
