@@ -101,6 +101,10 @@ def test_seeds_repeat_and_differ():
         assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_scenes_and_sensor_draw_from_streams_of_their_own(dataset):
+    assert not torch.equal(dataset.layout.u(9), dataset.random.u(9))
+
+
 def test_the_truth_has_no_loss(dataset):
     """Geometry and pose terms vanish for the true answer in another gauge and unit, and not for a wrong one."""
     from speed3r_ros.model.network import Prediction

@@ -1,4 +1,4 @@
-"""Batches of rendered multi-view sequences with exact geometry, made on the device that trains."""
+"""Batches of rendered multi-view sequences with exact geometry."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SceneDataset:
         verbose: bool = False,
     ) -> None:
         self.height, self.width, self.samples, self.world = height, width, samples, world
-        self.layout, self.random, self.coin = Rng("cpu", seed), Rng(device, seed), random.Random(seed)
+        self.layout, self.random, self.coin = Rng("cpu", seed), Rng(device, seed + 1), random.Random(seed)
         self.textures = TextureBank(device, seed + 7, textures_per_family, held_out, outdoor=world is not None)
         if verbose and self.textures.photos is None:
             print("no photographs for textures, noise instead: pip install 'speed3r_ros[train]'", flush=True)
