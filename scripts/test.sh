@@ -18,6 +18,9 @@ echo "test: pytest" >&2
 if (($#)); then
   exec python -m pytest -q "$@"
 fi
-python -m pytest -q --durations=15 --numprocesses auto --maxprocesses 8 --dist worksteal -m "not full and not alone"
+failed=0
+python -m pytest -q --durations=15 --numprocesses auto --maxprocesses 8 --dist worksteal -m "not full and not alone" ||
+  failed=$?
 echo "test: pytest, what runs in real time" >&2
-python -m pytest -q --durations=5 -m alone
+python -m pytest -q --durations=5 -m alone || failed=$?
+exit "$failed"
