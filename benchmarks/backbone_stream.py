@@ -21,6 +21,7 @@ from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.engine import select_device
 from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.streaming import BACKBONE_SIZE
+from speed3r_ros.reconstruct import positive
 
 
 @torch.inference_mode()
@@ -57,13 +58,18 @@ def main() -> None:
     parser.add_argument("--attention", nargs="*", default=["dense", "speed3r", "spark3r"])
     precisions = ("auto", "fp32", "bf16", "fp8")
     parser.add_argument("--precision", nargs="+", default=["auto"], choices=precisions, help="as engine.precision")
-    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--frames", type=positive, default=300)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.tiny:
         args.names, args.frames = list(TINY), 20
     elif not args.names:
         parser.error("give names of backbones, or --tiny")
+    try:
+        for precision in args.precision:
+            select_device(EngineConfig(precision=precision))
+    except ValueError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     print("| model | attention | device | step p50 / p95, ms | one memory, GiB | weights, GiB |")
     print("|---" * 6 + "|")
     for name in args.names:

@@ -5,7 +5,7 @@
     python benchmarks/spark3r_stream.py --tiny                            # in seconds, to see that it runs
 
 Every frame is a keyframe, intrinsics are unknown. Differences are those from dense attention to all past frames, means over
-the frames that have left its window of equal size behind: fidelity to dense attention, not accuracy. Prints Markdown.
+all frames but the first four (as many as window and anchors hold): fidelity to dense attention, not accuracy. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.network import Network, NetworkConfig
 from speed3r_ros.model.spark3r import Spark3R
 from speed3r_ros.model.streaming import StreamingNetwork, load_network
+from speed3r_ros.reconstruct import positive
 
 WINDOW, ANCHORS = 2, 2  # few, so that short sequences fill the bank
 ROWS: tuple[tuple[str, Strategy, int], ...] = (  # what it is, its strategy, places of the bank
@@ -60,9 +61,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="compact")
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--every", type=int, default=1, help="take every N-th image")
-    parser.add_argument("--frames", type=int, default=60)
-    parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)), help="numbers of rows, from 0")
+    parser.add_argument("--every", type=positive, default=1, help="take every N-th image")
+    parser.add_argument("--frames", type=positive, default=60)
+    numbers = range(len(ROWS))
+    parser.add_argument("--rows", type=int, nargs="+", default=numbers, choices=numbers, help="numbers of rows, from 0")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,6 +74,10 @@ def main() -> None:
         try:
             network = load_network(EngineConfig(model=args.model))
             images = read(args.images, *network.input_size, args.every * args.frames)[0, :: args.every]
+            if len(images) <= WINDOW + ANCHORS:
+                raise ValueError(
+                    f"{len(images)} frames: give more than {WINDOW + ANCHORS}, see --images, --every, --frames"
+                )
         except (ValueError, OSError) as error:
             parser.exit(1, f"{parser.prog}: {error}\n")
     else:

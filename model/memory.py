@@ -102,8 +102,8 @@ class Parts:
 
     Patches of the bank have the room of `room` whole frames, over the layer's stride. While there is room, each frame keeps
     every stride-th patch. Then strides double, frame by frame, the oldest first: the newcomer takes every second patch's
-    row from one, for the patches of its own at these positions. So rows never move, each is used, and the frames that
-    share a room show different patches. A frame that takes a thinned one's place takes all its rows.
+    row from one, for the patches of its own at these positions. So rows never move, and the frames that share a room show
+    different patches. A frame that takes a dropped one's place takes all its rows.
 
     specials: tokens at the start of a frame, which stay. strides: of patches at first, for each layer. share: how many
     frames share a room when the bank is full, a power of two. weighted: whether a patch counts as often as its stride says,
@@ -195,8 +195,10 @@ class Memory:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     def clear(self) -> None:
-        """Open a new segment."""
+        """Open a new segment. All is zero again: what is hidden weighs nothing, but nothing times NaN is NaN."""
         self.schedule.clear()
+        for held in (*self._rows, self._pooled, *self.state.values()):
+            held.zero_()
 
     def admit(self) -> None:
         """Make room for a new frame and let it see what the policy grants. Call once before `Network.step`."""

@@ -55,7 +55,7 @@ class Spark3R(Strategy):
     ratio: r_Q, by default `query_ratio` of the views. strides: r_KV of every layer, or one for each, instead of the rule:
     `key_stride` of the views, times `factor` in layers that are not sensitive. sensitive: numbers of layers, by default the
     backbone's. group: consecutive views whose queries are merged. similarity: input or keys. stagger: see the module's text.
-    share, weighted: see `memory.Parts`. ValueError on options that make no sense.
+    share, weighted: see `memory.Parts`; group and stagger mean nothing in streams. ValueError on options that make no sense.
     """
 
     ratio: int | None = None

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import backbone_stream
 import layer_sensitivity
+import spark3r_stream
 import training_phases
 
 from speed3r_ros.training.config import CompactConfig, with_values
@@ -42,6 +44,26 @@ def test_layer_sensitivity_says_what_it_cannot_read(tmp_path, monkeypatch, capsy
     assert end.value.code == 1 and message.count("\n") == 1 and message.startswith("layer_sensitivity.py: ")
     with pytest.raises(ValueError, match=says):
         raise ValueError(message)
+
+
+@pytest.mark.parametrize(
+    "module, options, code, says",
+    [
+        (spark3r_stream, "--tiny --rows 10", 2, "argument --rows: invalid choice: 10"),
+        (spark3r_stream, "--images FOLDER --every 0", 2, "argument --every: '0': must be a positive integer"),
+        (spark3r_stream, "--images FOLDER --every 2", 1, "3 frames: give more than 4, see --images, --every, --frames"),
+        (backbone_stream, "pi3 --precision fp8", 1, "device 'cpu' has no FP8 units"),
+    ],
+)
+def test_the_streams_benchmarks_refuse_before_the_table(tmp_path, monkeypatch, capsys, module, options, code, says):
+    for i in range(6):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.zeros((60, 60, 3), np.uint8))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [module.__name__, *options.replace("FOLDER", str(tmp_path)).split()])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    out, message = capsys.readouterr()
+    assert end.value.code == code and not out and says in message.splitlines()[-1]
 
 
 def test_images_are_read_in_the_order_of_their_names(tmp_path):
