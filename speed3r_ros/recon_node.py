@@ -319,6 +319,9 @@ class ReconNode(Node):
             return
         with self._lock:
             estimate = self._estimate(frame)
+            if estimate is None:
+                self.statistics.count("unfollowed")
+                return
             latency = time.monotonic() - received.arrived
             self.statistics.processed(
                 latency, estimate.tracking.value, estimate.lost_reason, by_network=self._between == 0
@@ -339,13 +342,11 @@ class ReconNode(Node):
             self._last_pose = stamp_ns, T
             self._publisher.mailbox.put(Answer(estimate, frame_id, T, twist, self._epoch))
 
-    def _estimate(self, frame: Frame) -> Estimate:
-        """Of the frames that wait, the network gets the newest; poses of the others come from features. What these lose sight
-        of, the network gets at once: later it would have moved too far for it as well."""
+    def _estimate(self, frame: Frame) -> Estimate | None:
+        """Of the frames that wait, the network gets the newest; poses of the others come from features, or not at all."""
         if len(self._computer.mailbox) and self._between < self._most_between:
             self._between += 1
-            if (estimate := self.pipeline.follow(frame)) is not None:
-                return estimate
+            return self.pipeline.follow(frame)
         self._between = 0
         return self.pipeline.process(frame)
 
@@ -542,7 +543,9 @@ class ReconNode(Node):
             "device": str(self.pipeline.engine.device),
         }
         stamp = ns_to_stamp(self.get_clock().now().nanoseconds)
-        dropped = self._computer.mailbox.dropped + self._publisher.mailbox.dropped
+        dropped = (
+            self._computer.mailbox.dropped + self._publisher.mailbox.dropped + self.statistics.counts["unfollowed"]
+        )
         self.diagnostics_pub.publish(diagnostics_message(stamp, self.get_name(), self.statistics, dropped, facts))
 
     def stop(self) -> None:
