@@ -128,11 +128,6 @@ class EngineConfig:
                 f"{prefix}attention = 'lite3r': of backbones, it works on whole sequences; use speed3r, spark3r or dense, or "
                 f"{prefix}streaming = windowed"
             )
-        if (self.model, self.strategy, self.streaming) == ("streamvggt", "spark3r", "windowed"):
-            raise ValueError(
-                f"{prefix}attention = 'spark3r': in a window it lets all views see all, and those of streamvggt see earlier ones "
-                f"only; use speed3r or dense, or {prefix}streaming = incremental"
-            )
         if self.model == "compact":
             return  # its sizes are those of its weights
         if self.precision == "int8":

@@ -244,10 +244,6 @@ def test_the_engine_streams_a_backbone_in_windows(family, attention):
             {"attention": "lite3r"},
             "engine.attention = 'lite3r': of backbones, it works on whole sequences; use speed3r, spark3r",
         ),
-        (
-            {"model": "streamvggt", "attention": "spark3r", "streaming": "windowed"},
-            "engine.attention = 'spark3r': in a window it lets all views see all, and those of streamvggt see earlier",
-        ),
         ({"precision": "int8"}, "engine.precision = 'int8': only compact runs in it; use auto, fp8, bf16 or fp32"),
         ({"model": "da3-mono"}, "choose one of compact, pi3"),
     ],
