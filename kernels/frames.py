@@ -311,6 +311,11 @@ if triton is not None:
         tl.store(lse + at, total)
 
     @triton.jit
+    def _exponent(lse):
+        """A natural logarithm of a sum in powers of two; +inf for an empty sum, so that every probability is 0."""
+        return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+
+    @triton.jit
     def _backward_queries(
         q,
         k,
@@ -334,6 +339,10 @@ if triton is not None:
         g_h,
         g_t,
         g_x,
+        r_b,
+        r_h,
+        r_t,
+        r_x,
         list_b,
         H,
         T,
@@ -344,11 +353,12 @@ if triton is not None:
         D: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
+        ADD: tl.constexpr,
         WIDE: tl.constexpr,
     ):
-        """Gradient of one tile of BM query rows. v has the strides of k; grad_q is contiguous.
+        """Gradient of one tile of BM query rows, stored in grad_q or added to what it holds. v has the strides of k.
 
-        lse is in powers of two, +inf where a row sees nothing; delta is what every row's gradient of scores loses.
+        delta is what every row's gradient of scores loses.
         """
         tile = tl.program_id(0)
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -362,7 +372,7 @@ if triton is not None:
         at = grad + b64 * g_b + h64 * g_h + (t.to(tl.int64) * g_t + x * g_x)[:, None]
         g = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
         row = tl.program_id(1).to(tl.int64) * T * X + rows
-        row_lse = tl.load(lse + row, mask=inside, other=float("inf"))
+        row_lse = _exponent(tl.load(lse + row, mask=inside, other=float("-inf")))
         row_delta = tl.load(delta + row, mask=inside, other=0.0)
         k += b64 * k_b + h64 * k_h
         v += b64 * k_b + h64 * k_h
@@ -390,7 +400,10 @@ if triton is not None:
                     ds = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, ds, 0.0)
                 acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")
         acc *= scale * 0.6931471805599453
-        tl.store(grad_q + row[:, None] * D + d[None, :], acc.to(grad_q.dtype.element_ty), mask=inside[:, None])
+        at = grad_q + b64 * r_b + h64 * r_h + (t.to(tl.int64) * r_t + x * r_x)[:, None] + d[None, :]
+        if ADD:
+            acc += tl.load(at, mask=inside[:, None], other=0.0)
+        tl.store(at, acc.to(grad_q.dtype.element_ty), mask=inside[:, None])
 
     @triton.jit
     def _backward_keys(
@@ -417,6 +430,10 @@ if triton is not None:
         g_h,
         g_t,
         g_x,
+        r_b,
+        r_h,
+        r_n,
+        r_y,
         list_b,
         H,
         T,
@@ -427,11 +444,12 @@ if triton is not None:
         D: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
+        ADD: tl.constexpr,
         WIDE: tl.constexpr,
     ):
         """Gradients of one tile of BM keys and values, along the list of the frames that see them, BN queries at a time.
 
-        See `_backward_queries`; grad_k and grad_v are contiguous.
+        See `_backward_queries`; grad_v has the strides of grad_k.
         """
         tile = tl.program_id(0)
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -467,7 +485,7 @@ if triton is not None:
                 query = tl.load(q + place, mask=live[:, None], other=0.0)
                 place = (t_wide * g_t + x * g_x)[:, None] + d[None, :]
                 g = tl.load(grad + place, mask=live[:, None], other=0.0)
-                row_lse = tl.load(lse + t * X + x, mask=live, other=float("inf"))
+                row_lse = _exponent(tl.load(lse + t * X + x, mask=live, other=float("-inf")))
                 row_delta = tl.load(delta + t * X + x, mask=live, other=0.0)
                 s = tl.dot(key, tl.trans(query), input_precision="ieee")
                 p = tl.exp2(s * scale - row_lse[None, :])
@@ -480,7 +498,10 @@ if triton is not None:
                 acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision="ieee")
                 acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision="ieee")
         acc_k *= scale * 0.6931471805599453
-        place = (tl.program_id(1).to(tl.int64) * N * Y + rows)[:, None] * D + d[None, :]
+        place = b64 * r_b + h64 * r_h + (n.to(tl.int64) * r_n + y * r_y)[:, None] + d[None, :]
+        if ADD:
+            acc_k += tl.load(grad_k + place, mask=inside[:, None], other=0.0)
+            acc_v += tl.load(grad_v + place, mask=inside[:, None], other=0.0)
         tl.store(grad_k + place, acc_k.to(grad_k.dtype.element_ty), mask=inside[:, None])
         tl.store(grad_v + place, acc_v.to(grad_v.dtype.element_ty), mask=inside[:, None])
 
@@ -654,18 +675,25 @@ def tiles_per_frame(keys: int, tile: int) -> int:
 
 
 def frame_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, grad: Tensor, lse: Tensor, delta: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Visible,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    totals: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous. grad: of the output; lse: from the forward pass.
+    """Gradients of q, k and v. grad: of the output; lse: from the forward pass.
 
-    delta: (B, H, T, X) float32, the output times its gradient, summed over each row, less the gradient of lse. The keys'
-    gradients are gathered along transposed lists, without atomics, so that they are the same in every run.
+    delta: (B, H, T, X) float32, the output times its gradient, summed over each row, less the gradient of lse. totals: what
+    to add the gradients to, of the same shapes, strided views allowed; None for new tensors. The keys' gradients are gathered
+    along transposed lists, without atomics, so that they are the same in every run.
     """
     (b, h, t, x, d), (n, y) = q.shape, k.shape[2:4]
     k, v = alike(k, v)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    exponent = (lse * LOG2E).masked_fill(lse == -torch.inf, torch.inf)
-    grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k, v)]
+    grads = totals or tuple(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k, v))
     for kernel, table, mine, other, results in (
         (_backward_queries, visible, (t, x), (n, y), grads[:1]),
         (_backward_keys, visible.transposed, (n, y), (t, x), grads[1:]),
@@ -678,7 +706,7 @@ def frame_attention_backward(
             k,
             v,
             grad,
-            exponent,
+            lse,
             delta,
             *results,
             lists,
@@ -687,6 +715,7 @@ def frame_attention_backward(
             *q.stride()[:4],
             *k.stride()[:4],
             *grad.stride()[:4],
+            *results[0].stride()[:4],
             lists.shape[1] if lists.shape[0] > 1 else 0,
             h,
             t,
@@ -695,10 +724,11 @@ def frame_attention_backward(
             d**-0.5 * LOG2E,
             other[1],
             D=d,
+            ADD=totals is not None,
             WIDE=wide(k) or wide(q) or wide(grad),
             **sizes,
         )
-    return tuple(grads)
+    return grads
 
 
 class FrameAttention(torch.autograd.Function):

@@ -24,6 +24,7 @@ from torch import Tensor
 from speed3r_ros.kernels.frames import (
     LOG2E,
     Visible,
+    _exponent,
     alike,
     frame_attention_backward,
     frame_attention_triton,
@@ -354,6 +355,10 @@ if triton is not None:
         k_h,
         k_n,
         k_y,
+        r_b,
+        r_h,
+        r_t,
+        r_x,
         H,
         T,
         N,
@@ -367,8 +372,8 @@ if triton is not None:
     ):
         """Gradient of the queries of GROUP neighbouring blocks from their chosen blocks.
 
-        v has the strides of k; the rest is contiguous. lse is in powers of two, +inf where a row sees nothing; delta is
-        what every row's gradient of scores loses.
+        v has the strides of k, grad_q strides of its own; the rest is contiguous. delta is what every row's gradient of
+        scores loses.
         """
         GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
         t, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
@@ -380,7 +385,7 @@ if triton is not None:
         query = tl.load(at + d[None, :], mask=inside[:, None], other=0.0)
         state = (tl.program_id(1).to(tl.int64) * T + t) * (G * 16) + x
         g = tl.load(grad + state[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-        row_lse = tl.load(lse + state, mask=inside, other=float("inf"))
+        row_lse = _exponent(tl.load(lse + state, mask=inside, other=float("-inf")))
         row_delta = tl.load(delta + state, mask=inside, other=0.0)
         index += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K
         k += b * k_b + h * k_h
@@ -399,7 +404,8 @@ if triton is not None:
             ds = p * (tl.dot(g, tl.trans(value), input_precision="ieee") - row_delta[:, None])
             acc = tl.dot(ds.to(key.dtype), key, acc, input_precision="ieee")  # keys that are not live are zeros
         acc *= scale * 0.6931471805599453
-        tl.store(grad_q + state[:, None] * D + d[None, :], acc, mask=inside[:, None])
+        at = grad_q + b * r_b + h * r_h + t * r_t + x[:, None] * r_x
+        tl.store(at + d[None, :], acc, mask=inside[:, None])
 
     @triton.jit
     def _selected_backward_keys(
@@ -421,6 +427,10 @@ if triton is not None:
         k_h,
         k_n,
         k_y,
+        r_b,
+        r_h,
+        r_n,
+        r_y,
         H,
         T,
         N,
@@ -434,7 +444,8 @@ if triton is not None:
     ):
         """Gradients of the keys and values of one block, along the list of the entries of the index that chose it.
 
-        See `_selected_backward_queries`. order: entries sorted by block; starts: where each block's begin.
+        See `_selected_backward_queries`; grad_v has the strides of grad_k. order: entries sorted by block; starts: where
+        each block's begin.
         """
         GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
         ROWS: tl.constexpr = GROUP * 16
@@ -463,16 +474,78 @@ if triton is not None:
             query = tl.load(q + at[:, None] + d[None, :], mask=live[:, None], other=0.0)
             at = state + t * (G * 16) + x
             g = tl.load(grad + at[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
-            row_lse = tl.load(lse + at, mask=live, other=float("inf"))
+            row_lse = _exponent(tl.load(lse + at, mask=live, other=float("-inf")))
             row_delta = tl.load(delta + at, mask=live, other=0.0)
             p = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * scale - row_lse[None, :])
             ds = p * (tl.dot(value, tl.trans(g), input_precision="ieee") - row_delta[None, :])
             acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision="ieee")
             acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision="ieee")
         acc_k *= scale * 0.6931471805599453
-        place = (tl.program_id(1).to(tl.int64) * (N * G) + block) * 16 + y
-        tl.store(grad_k + place[:, None] * D + d[None, :], acc_k)
-        tl.store(grad_v + place[:, None] * D + d[None, :], acc_v)
+        at = b * r_b + h * r_h + (block // G).to(tl.int64) * r_n + (block % G * 16 + y) * r_y
+        tl.store(grad_k + at[:, None] + d[None, :], acc_k)
+        tl.store(grad_v + at[:, None] + d[None, :], acc_v)
+
+    @triton.jit
+    def _gate_backward(
+        grad,
+        attended,
+        compressed,
+        gate,
+        of_attended,
+        of_compressed,
+        of_gate,
+        delta,
+        o_b,
+        o_h,
+        o_t,
+        o_x,
+        c_b,
+        c_h,
+        c_t,
+        c_x,
+        g_b,
+        g_h,
+        g_t,
+        g_x,
+        g_c,
+        H,
+        T,
+        G: tl.constexpr,
+        S: tl.constexpr,
+        D: tl.constexpr,
+        PART: tl.constexpr,
+    ):
+        """Gradients through the gated sum of PART neighbouring blocks, and the row sums that softmax's gradient loses.
+
+        grad, compressed and gate are strided; the rest is contiguous, `of_gate` with S rows before every frame's patches.
+        """
+        PARTS: tl.constexpr = (G + PART - 1) // PART
+        t, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+        b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+        frame = tl.program_id(1).to(tl.int64) * T + t
+        x = part * PART * 16 + tl.arange(0, PART * 16)
+        inside = x < G * 16
+        d = tl.arange(0, D)
+        at = grad + b * o_b + h * o_h + t * o_t + x[:, None] * o_x
+        g = tl.load(at + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        at = compressed + b * c_b + h * c_h + t * c_t + (x // 16)[:, None] * c_x
+        coarse = tl.load(at + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        row = frame * (G * 16) + x
+        fine = tl.load(attended + row[:, None] * D + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        gate += b * g_b + h * g_h + t * g_t + x * g_x
+        gate_c = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
+        gate_s = tl.load(gate + g_c, mask=inside, other=0.0).to(tl.float32)
+
+        ours = (gate_s[:, None] * g).to(of_attended.dtype.element_ty)
+        tl.store(of_attended + row[:, None] * D + d[None, :], ours, mask=inside[:, None])
+        tl.store(delta + row, tl.sum(ours.to(tl.float32) * fine, 1), mask=inside)
+        at = of_gate + (frame * (S + G * 16) + S + x) * 2
+        tl.store(at, tl.sum(g * coarse, 1).to(of_gate.dtype.element_ty), mask=inside)
+        tl.store(at + 1, tl.sum(g * fine, 1).to(of_gate.dtype.element_ty), mask=inside)
+        theirs = tl.sum(tl.reshape(gate_c[:, None] * g, (PART, 16, D)), 1)
+        block = part * PART + tl.arange(0, PART)
+        at = of_compressed + (frame * G + block)[:, None] * D + d[None, :]
+        tl.store(at, theirs.to(of_compressed.dtype.element_ty), mask=(block < G)[:, None])
 
 
 def step_sizes(group: int, programs: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
@@ -586,36 +659,80 @@ def attend_to_selected(
     return out.flatten(2, 3), attended, attended_lse, special_lse
 
 
-def chosen_backward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of patch tokens from the attention to chosen blocks, float32 and contiguous.
+def gate_backward(
+    grad: Tensor, attended: Tensor, compressed: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the patches' attention before the gate, of compressed and gate, and the first one's `delta`.
 
-    q: (B, H, T, 16 G, D); k, v: (B, H, N, 16 G, D); grad like q; lse, delta: (B, H, T, 16 G). The keys' gradients follow
-    the inverted index, made by a stable sort: no atomics, the same in every run.
+    grad: of the gated sum (B, H, T, 16 G, D). attended: like it. compressed: (B, H, T, G, D). gate: (B, H, T, L, 2).
+    """
+    (b, h, t, blocks, d), specials = compressed.shape, gate.shape[3] - attended.shape[3]
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    of_attended = torch.empty(attended.shape, dtype=attended.dtype, device=grad.device)
+    of_compressed = torch.empty(compressed.shape, dtype=compressed.dtype, device=grad.device)
+    of_gate = torch.zeros(gate.shape, dtype=gate.dtype, device=grad.device)
+    delta = torch.empty(attended.shape[:4], dtype=torch.float32, device=grad.device)
+    gate = gate[:, :, :, specials:]
+    strides = *grad.stride()[:4], *compressed.stride()[:4], *gate.stride()
+    part = min(4, triton.next_power_of_2(blocks))
+    _gate_backward[(t * triton.cdiv(blocks, part), b * h)](
+        grad,
+        attended,
+        compressed,
+        gate,
+        of_attended,
+        of_compressed,
+        of_gate,
+        delta,
+        *strides,
+        h,
+        t,
+        G=blocks,
+        S=specials,
+        D=d,
+        PART=part,
+        num_warps=part,
+    )
+    return of_attended, of_compressed, of_gate, delta
+
+
+def chosen_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    group: int,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients of patch tokens from the attention to chosen blocks to `grads`, float32 and shaped like q, k, v.
+
+    q: (B, H, T, 16 G, D); k, v: (B, H, N, 16 G, D); grad like q; lse, delta: (B, H, T, 16 G), all three contiguous. The
+    keys' gradients follow the inverted index, made by a stable sort: no atomics, the same in every run.
     """
     (b, h, t, patches, d), n, keep = q.shape, k.shape[2], index.shape[-1]
     k, v = alike(k, v)
     blocks = patches // BLOCK
-    index, grad, delta = index.contiguous(), grad.contiguous(), delta.contiguous()
-    exponent = (lse * LOG2E).masked_fill(lse == -torch.inf, torch.inf)
+    index = index.contiguous()
     place = index.flatten(2).masked_fill(index.flatten(2) < 0, n * blocks)
     place, order = place.sort(dim=-1, stable=True)
     first = torch.arange(n * blocks + 1, dtype=torch.int32, device=q.device).expand(b, h, -1).contiguous()
     starts = torch.searchsorted(place, first, out_int32=True)
-    grads = [torch.empty(z.shape, dtype=torch.float32, device=z.device) for z in (q, k, v)]
-    shared = *q.stride()[:4], *k.stride()[:4], h, t, n, keep, d**-0.5 * LOG2E
+    strides = *q.stride()[:4], *k.stride()[:4]
+    shared = h, t, n, keep, d**-0.5 * LOG2E
     constants = {"G": blocks, "D": d, "GROUP": group, "WIDE": wide(k) or wide(q)}
     low = q.dtype != torch.float32
     steps = {"STEP": 4 if low else 2, "num_warps": group if low else 2 * group, "num_stages": 2}
     _selected_backward_queries[(index.shape[2], b * h)](
-        q, k, v, index, grad, exponent, delta, grads[0], *shared, **constants, **steps
+        q, k, v, index, grad, lse, delta, grads[0], *strides, *grads[0].stride()[:4], *shared, **constants, **steps
     )
     steps = {"STEP": max(1, 2 // group), "num_warps": 1 if low and group <= 2 else 2, "num_stages": 2}
+    strides = *strides, *grads[1].stride()[:4]
     _selected_backward_keys[(n * blocks, b * h)](
-        q, k, v, order, starts, grad, exponent, delta, *grads[1:], *shared, **constants, **steps
+        q, k, v, order, starts, grad, lse, delta, *grads[1:], *strides, *shared, **constants, **steps
     )
-    return tuple(grads)
 
 
 class SelectedAttention(torch.autograd.Function):
@@ -653,38 +770,30 @@ class SelectedAttention(torch.autograd.Function):
         specials, (frames, resident) = ctx.specials, ctx.fine.table.shape[1:]
         q, gate, out, grad = (x.unflatten(2, (frames, -1)) for x in (q, gate, out, grad))
         k, v = (x.unflatten(2, (resident, -1)) for x in (k, v))
-        coarse = compressed.unflatten(2, (frames, -1))
+        grads = tuple(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
 
-        gates, of_patches = gate[:, :, :, specials:].float(), grad[:, :, :, specials:].float()
-        grad_gate = torch.zeros_like(gate)
-        grad_gate[:, :, :, specials:, 0] = (of_patches * coarse.float().repeat_interleave(BLOCK, 3)).sum(-1)
-        grad_gate[:, :, :, specials:, 1] = (of_patches * attended.float()).sum(-1)
-        grad_coarse = (gates[..., :1] * of_patches).unflatten(3, (-1, BLOCK)).sum(4).to(coarse.dtype)
-        of_attended = (gates[..., 1:] * of_patches).to(q.dtype)
-        delta = (of_attended.float() * attended.float()).sum(-1)
+        def rows(xs: tuple[Tensor, ...], part: slice) -> tuple[Tensor, ...]:
+            return tuple(x[:, :, :, part] for x in xs)
 
-        grads = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)]
-        patches = [x[:, :, :, specials:] for x in (q, k, v)]
-        parts = chosen_backward(*patches, index, of_attended, lse, delta, ctx.group)
-        for total, part in zip(grads, parts):
-            total[:, :, :, specials:] += part
+        special, patch = slice(specials), slice(specials, None)
+        of_attended, grad_coarse, grad_gate, delta = gate_backward(
+            grad[:, :, :, patch], attended, compressed.unflatten(2, (frames, -1)), gate
+        )
+        chosen_backward(*rows((q, k, v), patch), index, of_attended, lse, delta, ctx.group, rows(grads, patch))
         if ctx.shown is not None:
-            parts = frame_attention_backward(*patches, ctx.shown, of_attended, lse, delta)
-            for total, part in zip(grads, parts):
-                total[:, :, :, specials:] += part
+            totals = rows(grads, patch)
+            frame_attention_backward(*rows((q, k, v), patch), ctx.shown, of_attended, lse, delta, totals)
         if specials:
-            k_special, v_special = (x[:, :, :, :specials] for x in (k, v))
-            parts = frame_attention_backward(patches[0], k_special, v_special, ctx.fine, of_attended, lse, delta)
-            grads[0][:, :, :, specials:] += parts[0]
-            grads[1][:, :, :, :specials] += parts[1]
-            grads[2][:, :, :, :specials] += parts[2]
-            q_special, out, grad = (x[:, :, :, :specials] for x in (q, out, grad))
+            for x in rows(grads, special):
+                x.zero_()
+            totals = *rows(grads[:1], patch), *rows(grads[1:], special)
+            keys = rows((k, v), special)
+            frame_attention_backward(q[:, :, :, patch], *keys, ctx.fine, of_attended, lse, delta, totals)
+            totals = *rows(grads[:1], special), *grads[1:]
+            q, out, grad = rows((q, out, grad), special)
             delta = (out.float() * grad.float()).sum(-1)
-            parts = frame_attention_backward(q_special, k, v, ctx.fine, grad, special_lse, delta)
-            grads[0][:, :, :, :specials] += parts[0]
-            grads[1] += parts[1]
-            grads[2] += parts[2]
-        results = [total.to(x.dtype).flatten(2, 3) for total, x in zip(grads, (q, k, v))]
+            frame_attention_backward(q, k, v, ctx.fine, grad, special_lse, delta, totals)
+        results = [total.to(ctx.saved_tensors[0].dtype).flatten(2, 3) for total in grads]
         return *results, None, grad_coarse.flatten(2, 3), grad_gate.flatten(2, 3), *[None] * 5
 
 
