@@ -9,7 +9,6 @@ and the ray caster alone on the last scene. Medians; prints Markdown.
 from __future__ import annotations
 
 import argparse
-import random
 from dataclasses import fields, replace
 
 import torch
@@ -29,7 +28,7 @@ def row(name: str, dataset: SceneDataset, frames: int) -> str:
     whole = frames / milliseconds(lambda: dataset.batch(*size[:2])) * 1e3  # frames/s
     cast = "–"
     if dataset.world is not None:
-        scene = dataset.sample(dataset.layout, random.Random(0), *size[:2])
+        scene = dataset.place(dataset.sample(*size[:2]))
         took = milliseconds(lambda: dataset.cast(scene, dataset.textures.data, *size[2:], dataset.samples))
         cast = f"{frames / took * 1e3:,.0f}"
     return f"| {name} | {whole:,.0f} | {cast} | {whole / RATE:.2f} |"

@@ -65,10 +65,8 @@ def synchronise() -> None:
 def step_in_phases(trainer: Trainer, draw: Draw, watch: Stopwatch) -> None:
     """One optimiser step as `Trainer.update` makes it, one phase at a time."""
     recipe = trainer.recipe
-    recipe.resize(draw.size)
-    batch = watch(
-        "scenes, rendering, sensor", lambda: trainer.data(trainer.step, len(draw.known), draw.views, draw.size)
-    )
+    recipe.resize(draw.order.size)
+    batch = watch("scenes, rendering, sensor", lambda: trainer.batch(draw.order))
     out = watch("forward", lambda: recipe.predict(trainer.model, batch, draw, draw.stage.attention))
     total, _ = watch("losses", lambda: losses(out, batch, draw.shift))
     trainer.optimiser.zero_grad(set_to_none=True)
@@ -93,16 +91,18 @@ def main() -> None:
         for i in range(warm + count):
             if i == warm:
                 watch = Stopwatch()
+            trainer.look_ahead()
             step_in_phases(trainer, trainer.draw(), watch)
             trainer.step += 1
         frames = 0
         synchronise()
         start = time.perf_counter()
         for _ in range(count):
+            trainer.look_ahead()
             draw = trainer.draw()
             trainer.update(draw)
             trainer.step += 1
-            frames += len(draw.known) * draw.views
+            frames += draw.order.sequences * draw.order.views
         launched = (time.perf_counter() - start) / count * 1e3
         synchronise()
         done = (time.perf_counter() - start) / count * 1e3

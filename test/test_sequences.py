@@ -62,7 +62,7 @@ def test_geometry_is_what_was_written(layout, tmp_path, rng):
     assert len(recording) == COUNT and np.allclose(recording.poses, poses, atol=1e-6)
     data = SequenceDataset([recording], "cpu", 3, 2)
     seed = str(rng.integers(2**31))
-    batch, (_, index) = data.batch([seed], 3, SIZE), data.window(seed, 3)
+    batch, (_, index) = data.batch(data.begin([seed], 3, SIZE)), data.window(seed, 3)
     image = cv2.imread(str(recording.images[0]))
     K_to = resize_intrinsics(recording.K[0], image.shape[:2], SIZE)
     fx, fy, cx, cy, k1 = batch["K"][0].tolist()
@@ -91,7 +91,7 @@ def test_colours_are_those_of_the_images(tmp_path, rng):
     recordings.write_scannetpp(tmp_path, rng, 2)
     recording = open_recording(tmp_path)
     data = SequenceDataset([recording], "cpu", 2, 1)
-    batch, (_, index) = data.batch(["a"], 2, SIZE), data.window("a", 2)
+    batch, (_, index) = data.batch(data.begin(["a"], 2, SIZE)), data.window("a", 2)
     for image, i in zip(batch["img"][0], index):
         file = cv2.imread(str(recording.images[i]))[..., ::-1]
         expected = cv2.resize(file, SIZE[::-1], interpolation=cv2.INTER_AREA) / 255
@@ -114,7 +114,8 @@ def test_poses_without_depth(tmp_path, rng):
     from speed3r_ros.model.network import Prediction
 
     recordings.write_listing(tmp_path, rng, COUNT, (96, 128), with_depth=False)
-    batch = SequenceDataset([open_recording(tmp_path)], "cpu", 4, 1).batch(["x", "y"], 4, SIZE)
+    data = SequenceDataset([open_recording(tmp_path)], "cpu", 4, 1)
+    batch = data.batch(data.begin(["x", "y"], 4, SIZE))
     assert not batch["valid"].any() and not batch["judged"].any()
     assert torch.allclose(torch.stack([torch.pdist(t).mean() for t in batch["t"]]), torch.tensor(0.5))
     depth = torch.rand(2, 4, *SIZE) + 0.5
@@ -232,4 +233,4 @@ def test_a_broken_image_is_named(tmp_path, rng):
     data = SequenceDataset([open_recording(tmp_path)], "cpu", 2, 1)
     (tmp_path / "rgb/000.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="000.png: not a readable image"):
-        data.batch(["1"], 2, SIZE)
+        data.batch(data.begin(["1"], 2, SIZE))

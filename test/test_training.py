@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ from speed3r_ros.training import checkpoint, recipes
 from speed3r_ros.training.__main__ import main
 from speed3r_ros.training.config import CONFIGS, with_values
 from speed3r_ros.training.distil import Geometry, distillation_loss, geometry, speed3r_student
-from speed3r_ros.training.recipes import predict
+from speed3r_ros.training.recipes import predict, prepare_process
 from speed3r_ros.training.render import SceneDataset, WorldConfig
 from speed3r_ros.training.trainer import Trainer
 
@@ -63,8 +65,8 @@ def unseen(trainer, measure=None):
     now, values = trainer.step, []
     for trainer.step in UNSEEN:
         draw = trainer.draw()
-        trainer.recipe.resize(draw.size)
-        batch = trainer.data(trainer.step, len(draw.known), draw.views, draw.size)
+        trainer.recipe.resize(draw.order.size)
+        batch = trainer.batch(draw.order)
         values.append(float(measure(batch, draw) if measure else trainer.recipe.loss(trainer.network, batch, draw)[0]))
     trainer.step = now
     return float(np.mean(values))
@@ -72,8 +74,12 @@ def unseen(trainer, measure=None):
 
 def test_compact_learns_a_batch_by_heart_in_both_stages(tmp_path, monkeypatch):
     """Of the rendered world; so few steps do not teach anything about other scenes."""
+    begin = recipes.RenderedData.begin
+    monkeypatch.setattr(recipes.RenderedData, "begin", lambda data, order: begin(data, replace(order, step=0)))
     batch = recipes.RenderedData.batch
-    monkeypatch.setattr(recipes.RenderedData, "batch", lambda data, step, *sizes: batch(data, 0, *sizes))
+    monkeypatch.setattr(
+        recipes.RenderedData, "batch", lambda data, order, begun: batch(data, replace(order, step=0), begun)
+    )
     seed = int(torch.randint(2**31, ()))
     settings = config("compact", steps=24, dense_share=0.5, lr=3e-3, lr_sparse=3e-3, longest=2, frames=4, seed=seed)
     trainer = Trainer("compact", settings, tmp_path / "run")
@@ -107,6 +113,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert a[1]["steps"] == b[1]["steps"] and a[1]["step"] == 4
     sizes = weights.load(str(tmp_path / "whole/weights")).config
     assert (sizes.height, sizes.width) == (56, 112)
+
+
+def test_data_begun_ahead_is_what_the_step_would_draw(tmp_path):
+    """Also by the processes that sample for a GPU, over new textures and another size than was expected."""
+    values = dict(steps=200, seed=int(torch.randint(2**31, ())), longest=12)
+    ahead, now = (Trainer("compact", config("compact", **values), tmp_path / name) for name in ("ahead", "now"))
+    ahead.data._pool = ProcessPoolExecutor(1, get_context("spawn"), prepare_process)
+    texture = ahead.data.scenes.textures.data.clone()
+    for step in (0, 1, recipes.REFRESH):
+        for trainer in (ahead, now):
+            trainer.step = step
+        ahead.look_ahead()
+        if step == 1:  # a schedule in minutes may find another stage than it expected
+            for trainer in (ahead, now):
+                trainer.sizes = [(56, 112)]
+        assert {order.step for order in ahead._begun} >= set(range(step, step + 4))
+        found, expected = (trainer.batch(trainer.draw().order) for trainer in (ahead, now))
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert found["img"].shape[-2:] == trainer.sizes[0]
+    changed = (texture != ahead.data.scenes.textures.data).any(1)
+    assert changed.all()  # one of each family
+    ahead.data._pool.shutdown()
 
 
 def test_distil_moves_the_student_towards_the_teacher(tmp_path):
@@ -245,12 +273,12 @@ def test_losses_are_not_rounded_with_the_network(recipe, tmp_path):
     values = dict(init=tiny_weights(tmp_path / "w")) if recipe == "lite3r" else {}
     trainer = Trainer(recipe, config(recipe, steps=1, precision="bf16", **values), tmp_path / "run")
     draw = trainer.draw()
-    batch = trainer.data(0, len(draw.known), draw.views, draw.size)
-    trainer.data = lambda *_: batch
+    batch = trainer.batch(draw.order)
+    trainer.batch = lambda _: batch
     found = trainer._gradients(draw)["rot_identity"]
     R = batch["R"].double()
     chords = (R[:, :, None] - R[:, None]).square().sum((-1, -2)).sqrt() / 2**0.5  # |1 - R_i' R_j| = |R_i - R_j|
-    expected = chords.sum().rad2deg() / (len(R) * draw.views * (draw.views - 1))
+    expected = chords.sum().rad2deg() / (len(R) * draw.order.views * (draw.order.views - 1))
     assert float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
 
 
@@ -283,14 +311,14 @@ def test_a_step_does_not_wait_for_the_device(recipe, start, tmp_path):
     """Both stages of `compact`; scenes are sampled before."""
     values = {start: tiny_weights(tmp_path / "weights")} if start else dict(dense_share=0.5)
     trainer, waits = Trainer(recipe, config(recipe, steps=2, frames=4, **values), tmp_path / "run"), Waits()
-    data = trainer.data
+    load = trainer.batch
     for trainer.step in range(2):
         if trainer.stage_progress()[0] != trainer.stage_number:
             trainer._next_stage(1)
         draw = trainer.draw()
-        batch = data(trainer.step, len(draw.known), draw.views, draw.size)
-        trainer.data = lambda *_, batch=batch: batch
-        trainer.recipe.resize(draw.size)  # makes tables when the size changes
+        batch = load(draw.order)
+        trainer.batch = lambda _, batch=batch: batch
+        trainer.recipe.resize(draw.order.size)  # makes tables when the size changes
         with waits:
             trainer.update(draw)
     assert not waits.found
@@ -299,7 +327,7 @@ def test_a_step_does_not_wait_for_the_device(recipe, start, tmp_path):
 @pytest.mark.parametrize("world", [None, WorldConfig()])
 def test_what_follows_the_ray_caster_does_not_wait_for_the_device(world, monkeypatch):
     scenes = SceneDataset("cpu", int(torch.randint(2**31, ())), 56, 56, 1, textures_per_family=1, world=world)
-    scene = scenes.sample(scenes.layout, scenes.coin, 2, 2)
+    scene = scenes.sample(2, 2)
     seen = scenes.cast(scene, scenes.textures.data, 56, 56, 1)
     monkeypatch.setattr(scenes, "sample", lambda *_: scene)
     monkeypatch.setattr(scenes, "cast", lambda *_: seen)

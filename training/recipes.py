@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import signal
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi
+from multiprocessing import get_context
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +36,9 @@ from speed3r_ros.training.distil import (
     speed3r_student,
 )
 from speed3r_ros.training.losses import Batch, losses, where_counted
-from speed3r_ros.training.render import SPLITS, SceneDataset
+from speed3r_ros.training.render import SPLITS, SceneDataset, WorldConfig, sample_tables
 from speed3r_ros.training.sequences import SequenceDataset, open_recording
+from speed3r_ros.training.textures import Rng
 
 VIEWS = (2, 4, 6, 8, 12, 16, 24)  # frames of a sequence; drawn per step with the odds below
 VIEW_ODDS = (8, 15, 15, 22, 20, 14, 6)
@@ -58,17 +62,26 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Order:
+    """What a step asks of its data: so many sequences per process, of so many views, of size (H, W)."""
+
+    step: int
+    sequences: int
+    views: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Draw:
     """What a step does, on all processes alike; the masks are this process's part.
 
-    progress: of the whole schedule, in [0, 1]. size: (H, W). shift: frames between the two views that descriptors
-    match. fine, coarse: (B, T, T) bool, see `Network.forward`. known: (B,) bool, whose intrinsics are given.
+    progress: of the whole schedule, in [0, 1]. shift: frames between the two views that descriptors match. fine, coarse:
+    (B, T, T) bool, see `Network.forward`. known: (B,) bool, whose intrinsics are given.
     """
 
+    order: Order
     stage: Stage
     progress: float
-    views: int
-    size: tuple[int, int]
     shift: int
     fine: Tensor
     coarse: Tensor
@@ -102,8 +115,25 @@ def draw_sequences(seeds: list[str], views: int, bidirectional: bool) -> tuple[T
     return fine, coarse, torch.tensor(known)
 
 
+def prepare_process() -> None:
+    """Of one that samples scenes: it shares the cores, and leaves Ctrl-C to the trainer, which still needs the scenes."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def sample_apart(world: WorldConfig | None, families: Tensor, seed: str, order: Order) -> dict[str, np.ndarray]:
+    """`sample_tables` for a step; arrays, which travel between processes as bytes."""
+    size = order.sequences, order.views, *order.size
+    r = Rng("cpu", random.Random(f"{seed} scenes {order.step}").getrandbits(62))
+    tables = sample_tables(world, families, r, random.Random(f"{seed} step {order.step}"), size)
+    return {name: table.numpy() for name, table in tables.items()}
+
+
 class RenderedData:
-    """Rendered scenes, so that a batch depends on the seed, the process and the step alone."""
+    """Rendered scenes, so that a batch depends on the seed, the process and its order alone.
+
+    Scenes are sampled beside the training: by a thread, or with a GPU, whose kernels Python has to launch, by two processes.
+    """
 
     def __init__(self, device: torch.device, config: TrainingConfig, rank: int) -> None:
         cuda = device.type == "cuda"
@@ -118,20 +148,23 @@ class RenderedData:
             verbose=rank == 0,
         )
         self.refreshed = 0
+        self._pool = ProcessPoolExecutor(2, get_context("spawn"), prepare_process) if cuda else ThreadPoolExecutor(1)
 
-    def batch(self, step: int, sequences: int, views: int, size: tuple[int, int]) -> Batch:
-        """See `SceneDataset.batch`. Steps must not go back; those passed over are caught up with."""
-        while self.refreshed < step // REFRESH:
+    def begin(self, order: Order) -> Future[dict[str, np.ndarray]]:
+        """Start to sample the scenes of a step."""
+        return self._pool.submit(sample_apart, self.scenes.world, self.scenes.textures.families, self.seed, order)
+
+    def batch(self, order: Order, begun: Future[dict[str, np.ndarray]]) -> Batch:
+        """Render what `begin` began. Steps must not go back; those passed over are caught up with."""
+        while self.refreshed < order.step // REFRESH:
             self.refreshed += 1
             self._reseed(self.scenes.textures.r, f"textures {self.refreshed}")
             self.scenes.refresh()
-        self._reseed(self.scenes.layout, f"scenes {step}")
-        self._reseed(self.scenes.random, f"step {step}")
-        self.scenes.coin.seed(f"{self.seed} step {step}")
-        self.scenes.height, self.scenes.width = size
-        return self.scenes.batch(sequences, views)
+        self._reseed(self.scenes.random, f"step {order.step}")
+        self.scenes.height, self.scenes.width = order.size
+        return self.scenes.render({name: torch.from_numpy(table) for name, table in begun.result().items()})
 
-    def _reseed(self, rng: object, of: str) -> None:
+    def _reseed(self, rng: Rng, of: str) -> None:
         rng.g.manual_seed(random.Random(f"{self.seed} {of}").getrandbits(62))
 
 
@@ -143,11 +176,15 @@ class RecordedData:
         self.seed, self.rank = config.seed, rank
         self.windows = SequenceDataset(recordings, device, config.longest, config.stride)
 
-    def batch(self, step: int, sequences: int, views: int, size: tuple[int, int]) -> Batch:
+    def begin(self, order: Order) -> list[Future[dict[str, Tensor]]]:
+        """Start to read the windows of a step."""
+        first = self.rank * order.sequences
+        seeds = [f"{self.seed} {order.step} {i}" for i in range(first, first + order.sequences)]
+        return self.windows.begin(seeds, order.views, order.size)
+
+    def batch(self, order: Order, begun: list[Future[dict[str, Tensor]]]) -> Batch:
         """See `SequenceDataset.batch`."""
-        first = self.rank * sequences
-        seeds = [f"{self.seed} {step} {i}" for i in range(first, first + sequences)]
-        return self.windows.batch(seeds, views, size)
+        return self.windows.batch(begun)
 
 
 def load_model(name: str) -> nn.Module:
@@ -194,11 +231,9 @@ class Recipe:
         sparse = Stage("sparse", 1 - c.dense_share, c.attention, c.bidirectional, c.lr_sparse, c.ema_sparse)
         return [Stage("dense", c.dense_share, "dense", True, c.lr, c.ema), sparse]
 
-    def data(self, rank: int) -> Callable[[int, int, int, tuple[int, int]], Batch]:
-        """A function of step, sequences, views and size (H, W) that gives this process's batch."""
-        if self.config.sequences:
-            return RecordedData(self.device, self.config, rank).batch
-        return RenderedData(self.device, self.config, rank).batch
+    def data(self, rank: int) -> RenderedData | RecordedData:
+        """Where this process's batches come from."""
+        return (RecordedData if self.config.sequences else RenderedData)(self.device, self.config, rank)
 
     def resize(self, size: tuple[int, int]) -> None:
         """Let the networks take images of this size (H, W)."""

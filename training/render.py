@@ -17,11 +17,29 @@ from speed3r_ros.training.world import WorldConfig, moving, sample_exposure, sam
 SPLITS = {"rooms": None, "world": WorldConfig()}  # held-out test distributions by name
 
 
-class SceneDataset:
-    """Endless random sequences.
+Tables = dict[str, Tensor]
 
-    Scenes are sampled on the CPU, by thousands of small operations that a GPU would wait for, while it is busy with the last
-    batch; textures, rendering and the sensor are on the device.
+
+def sample_tables(
+    world: WorldConfig | None,
+    families: Tensor,
+    r: Rng,
+    coin: random.Random,
+    size: tuple[int, int, int, int],
+    code: int | None = None,
+) -> Tables:
+    """Tables of `kernels.raycast` and truth of new scenes, on the CPU, where r is.
+
+    By thousands of small operations, which a GPU would wait for. world: see `SceneDataset`. families (M,): of the textures.
+    size: sequences, views, height, width. code: index into MOTIONS.
+    """
+    if world is None:
+        return sample_scene(r, *size, len(families), code, basic=True)
+    return sample_world(r, coin, world, families, *size, code)
+
+
+class SceneDataset:
+    """Endless random sequences. Scenes are sampled on the CPU; textures, rendering and the sensor are on the device.
 
     world: what they are drawn from: None for `rooms`, the first test distribution (furnished rooms, six motions, square pixels,
     sharp images), on which older results are quoted. samples: shading samples per pixel; one knows no motion blur.
@@ -49,24 +67,23 @@ class SceneDataset:
         if self.random.d.type == "cuda":
             self._check_kernel(verbose)
 
-    def sample(
-        self, r: Rng, coin: random.Random, sequences: int, views: int, code: int | None = None
-    ) -> dict[str, Tensor]:
-        """Tables of `kernels.raycast` and truth of new scenes, on the device; r is on the CPU. code: index into MOTIONS."""
+    def sample(self, sequences: int, views: int, code: int | None = None) -> Tables:
+        """`sample_tables` by this dataset's own draws."""
         size = sequences, views, self.height, self.width
-        if self.world is None:
-            scene = sample_scene(r, *size, self.textures.n, code, basic=True)
-        else:
-            scene = sample_world(r, coin, self.world, self.textures.families, *size, code)
-        if self.random.d.type == "cuda":
-            scene = {name: table.pin_memory().to(self.random.d, non_blocking=True) for name, table in scene.items()}
-        return scene
+        return sample_tables(self.world, self.textures.families, self.layout, self.coin, size, code)
+
+    def place(self, tables: Tables) -> Tables:
+        """The same on the device, without waiting for it."""
+        if self.random.d.type != "cuda":
+            return tables
+        return {name: table.pin_memory().to(self.random.d, non_blocking=True) for name, table in tables.items()}
 
     @torch.no_grad()
     def _check_kernel(self, verbose: bool) -> None:
         """Compare the kernel with its reference on a few frames; on a mismatch say so and use the reference."""
-        scene = self.sample(Rng("cpu", 5), random.Random(5), 4, 2)
-        arguments = scene, self.textures.data, self.height, self.width, self.samples
+        size = 4, 2, self.height, self.width
+        scene = sample_tables(self.world, self.textures.families, Rng("cpu", 5), random.Random(5), size)
+        arguments = self.place(scene), self.textures.data, self.height, self.width, self.samples
         found, right = raycast.raycast(*arguments), raycast.raycast_reference(*arguments)
         same = torch.isclose(found.depth, right.depth, rtol=1e-3, atol=0)  # infinity is itself
         wrong_depth = float((~same).float().mean())
@@ -83,14 +100,19 @@ class SceneDataset:
 
     @torch.no_grad()
     def batch(self, sequences: int, views: int, motion: str | None = None) -> dict[str, Tensor]:
+        """`render` of new scenes, all with this motion, or with random ones."""
+        return self.render(self.sample(sequences, views, None if motion is None else MOTIONS.index(motion)))
+
+    @torch.no_grad()
+    def render(self, tables: Tables) -> dict[str, Tensor]:
         """B sequences of N views: `img` (B, N, 3, H, W) in [0, 1], `depth` (B, N, H, W) along z, `R` (B, N, 3, 3) and
         `t` (B, N, 3) camera-to-world, `K` (B, 5) = fx, fy, cx, cy, k1, `ray` (B, H, W, 2), `motion` (B,) index into MOTIONS.
 
         Each sequence is scaled to mean depth 1. `valid` (B, N, H, W) is False where depth is not to be learnt: on sky,
         whose depth is infinite (`sky`), and on what moves (`moving`). `judged` is True: the right confidence is known everywhere.
         """
-        code = None if motion is None else MOTIONS.index(motion)
-        scene = self.sample(self.layout, self.coin, sequences, views, code)
+        scene = self.place(tables)
+        sequences, views = scene["t"].shape[:2]
         seen = self.cast(scene, self.textures.data, self.height, self.width, self.samples)
         if self.world is None:
             image = augment(seen.rgb, sequences, views, self.random, motion_blur=False)

@@ -21,7 +21,7 @@ import json
 import os
 import random
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -321,11 +321,16 @@ class SequenceDataset:
             K=torch.tensor([K_to[0, 0], K_to[1, 1], K_to[0, 2], K_to[1, 2], 0.0], dtype=torch.float32),
         )
 
-    def batch(self, seeds: list[str], views: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        """A window per seed. As `SceneDataset.batch`, without `motion`, `sky` and `moving`; `valid` and `judged` are where depth is known.
+    def begin(self, seeds: list[str], views: int, size: tuple[int, int]) -> list[Future[dict[str, Tensor]]]:
+        """Start to read a window per seed, beside whatever follows."""
+        return [self._threads.submit(self.sample, seed, views, size) for seed in seeds]
+
+    def batch(self, begun: list[Future[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """What `begin` began. As `SceneDataset.render`, without `motion`, `sky` and `moving`; `valid` and `judged` are where
+        depth is known.
 
         Elsewhere depth is 1. The unit is the mean of the known depth; without any, twice the mean distance of views.
         """
-        samples = list(self._threads.map(lambda seed: self.sample(seed, views, size), seeds))
+        samples = [window.result() for window in begun]
         batch = {name: torch.stack([sample[name] for sample in samples]).to(self.device) for name in samples[0]}
-        return batch | dict(ray=rays_of(batch["K"], *size))
+        return batch | dict(ray=rays_of(batch["K"], *batch["img"].shape[-2:]))

@@ -328,7 +328,8 @@ class TextureBank:
             left -= k
         self.data, self.families = (torch.cat(x) for x in zip(*parts))
         self.n = self.data.shape[0]
-        self.pos = 0
+        self._of_family = self.families.argsort(stable=True).view(-1, n_per).to(device)  # places of each one's textures
+        self._next = 0
 
     def _make(self, k: int) -> tuple[Tensor, Tensor]:
         """k new textures of each family."""
@@ -339,11 +340,7 @@ class TextureBank:
         return pack_mips(made), torch.arange(families).repeat_interleave(k)
 
     def refresh(self) -> None:
-        """Replace the next few textures by new ones."""
-        new, families = self._make(2)
-        k = new.shape[0]
-        if self.pos + k > self.n:
-            self.pos = 0
-        self.data[self.pos : self.pos + k] = new[: self.n - self.pos]
-        self.families[self.pos : self.pos + k] = families[: self.n - self.pos]
-        self.pos += k
+        """Replace the next one or two textures of every family by new ones."""
+        places = self._of_family[:, self._next : self._next + 2]
+        self.data[places.flatten()] = self._make(places.shape[1])[0]
+        self._next = (self._next + 2) % self._of_family.shape[1]

@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,10 +34,11 @@ from speed3r_ros.training import checkpoint
 from speed3r_ros.training.config import TrainingConfig, image_sizes, require_runnable
 from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import Batch
-from speed3r_ros.training.recipes import RECIPES, Draw, Stage, draw_sequences, lengths
+from speed3r_ros.training.recipes import RECIPES, Draw, Order, Stage, draw_sequences, lengths
 from speed3r_ros.training.render import SPLITS
 
 LOG_EVERY = 20.0  # seconds
+AHEAD = 4  # steps whose data is begun before they are
 CLOCK_EVERY = 10  # steps after which processes agree on the time and on a wish to stop
 
 
@@ -95,6 +97,7 @@ class Trainer:
         self.network = self.recipe.network.train()
         self.stages, self.sizes = self.recipe.stages(), image_sizes(config)
         self.data = self.recipe.data(self.rank)
+        self._begun: dict[Order, Any] = {}  # data of the coming steps
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", **(dict(device_id=self.device) if cuda else {}))
         self.unsharded: nn.Module | None = None  # what FSDP has split, in its form before
@@ -120,15 +123,18 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the schedule that is done."""
-        c = self.config
-        return min(1.0, self.step / c.steps if c.steps else self.trained / (60 * c.minutes))
+        return self._progress_at(self.step)
 
-    def stage_progress(self) -> tuple[int, float]:
-        """The stage that the schedule has come to, and the share of it that is done."""
-        begin = 0.0
+    def _progress_at(self, step: int) -> float:
+        c = self.config
+        return min(1.0, step / c.steps if c.steps else self.trained / (60 * c.minutes))
+
+    def stage_progress(self, step: int | None = None) -> tuple[int, float]:
+        """The stage that the schedule has come to, now or at a step, and the share of it that is done."""
+        begin, progress = 0.0, self._progress_at(self.step if step is None else step)
         for number, stage in enumerate(self.stages):
-            if self.progress < begin + stage.share or number == len(self.stages) - 1:
-                return number, (self.progress - begin) / stage.share
+            if progress < begin + stage.share or number == len(self.stages) - 1:
+                return number, (progress - begin) / stage.share
             begin += stage.share
         raise AssertionError
 
@@ -159,20 +165,37 @@ class Trainer:
         self._prepare_stage()
         self.say(f"stage {self.stage.name} at step {self.step}")
 
-    def draw(self) -> Draw:
-        """What the coming step does."""
-        draw = random.Random(f"{self.config.seed} {self.step}")  # the same on every process
-        _, done = self.stage_progress()
+    def order(self, step: int) -> Order:
+        """What a step asks of its data, as far as the schedule can tell now."""
+        draw = random.Random(f"{self.config.seed} {step}")  # the same on every process
+        _, done = self.stage_progress(step)
         views = draw.choices(*lengths(self.config, done))[0]
         size = self.sizes[min(len(self.sizes) - 1, int(done * len(self.sizes)))]
         frames = self.config.frames * math.prod(self.sizes[0]) // math.prod(size)
-        sequences = max(1, frames // views)
-        shift = draw.randrange(1, views)
-        first = self.rank * sequences
-        seeds = [f"{self.config.seed} {self.step} {i}" for i in range(first, first + sequences)]
-        parts = draw_sequences(seeds, views, self.stage.bidirectional)
+        return Order(step, max(1, frames // views), views, size)
+
+    def draw(self) -> Draw:
+        """What the coming step does."""
+        order = self.order(self.step)
+        shift = random.Random(f"{self.config.seed} {self.step} shift").randrange(1, order.views)
+        first = self.rank * order.sequences
+        seeds = [f"{self.config.seed} {self.step} {i}" for i in range(first, first + order.sequences)]
+        parts = draw_sequences(seeds, order.views, self.stage.bidirectional)
         masks = (x.to(self.device, non_blocking=True) for x in parts)
-        return Draw(self.stage, self.progress, views, size, shift, *masks)
+        return Draw(order, self.stage, self.progress, shift, *masks)
+
+    def look_ahead(self) -> None:
+        """Begin the data of the coming steps, so that it is there when they are."""
+        for step in range(self.step, min(self.step + AHEAD, self.config.steps or math.inf)):
+            order = self.order(step)
+            if order not in self._begun:
+                self._begun[order] = self.data.begin(order)
+
+    def batch(self, order: Order) -> Batch:
+        """The data of the coming step."""
+        begun = self._begun.pop(order, None) or self.data.begin(order)
+        self._begun = {other: begun for other, begun in self._begun.items() if other.step > order.step}
+        return self.data.batch(order, begun)
 
     # ---------------------------------------------------------------------------------------------------------- loop
 
@@ -209,11 +232,12 @@ class Trainer:
             rate = learning_rate(self.stage.lr, self.step - self.stage_begun, done, c)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
+            self.look_ahead()
             draw = self.draw()
             figures = self.update(draw)
             self.step += 1
             count += 1
-            frames += len(draw.known) * draw.views * self.world
+            frames += draw.order.sequences * draw.order.views * self.world
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0) + value
             now = time.monotonic()
@@ -242,9 +266,8 @@ class Trainer:
 
     def _gradients(self, draw: Draw) -> dict[str, Tensor]:
         """Forward and backward; figures to log."""
-        self.recipe.resize(draw.size)
-        batch: Batch = self.data(self.step, len(draw.known), draw.views, draw.size)
-        total, figures = self.recipe.loss(self.model, batch, draw)
+        self.recipe.resize(draw.order.size)
+        total, figures = self.recipe.loss(self.model, self.batch(draw.order), draw)
         self.optimiser.zero_grad(set_to_none=True)
         total.backward()
         return figures
