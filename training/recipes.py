@@ -150,11 +150,11 @@ class RenderedData:
         self.refreshed = 0
         self._pool = ProcessPoolExecutor(2, get_context("spawn"), prepare_process) if cuda else ThreadPoolExecutor(1)
 
-    def begin(self, order: Order) -> Future[dict[str, np.ndarray]]:
+    def begin(self, order: Order) -> list[Future[dict[str, np.ndarray]]]:
         """Start to sample the scenes of a step."""
-        return self._pool.submit(sample_apart, self.scenes.world, self.scenes.textures.families, self.seed, order)
+        return [self._pool.submit(sample_apart, self.scenes.world, self.scenes.textures.families, self.seed, order)]
 
-    def batch(self, order: Order, begun: Future[dict[str, np.ndarray]]) -> Batch:
+    def batch(self, order: Order, begun: list[Future[dict[str, np.ndarray]]]) -> Batch:
         """Render what `begin` began. Steps must not go back; those passed over are caught up with."""
         while self.refreshed < order.step // REFRESH:
             self.refreshed += 1
@@ -162,7 +162,7 @@ class RenderedData:
             self.scenes.refresh()
         self._reseed(self.scenes.random, f"step {order.step}")
         self.scenes.height, self.scenes.width = order.size
-        return self.scenes.render({name: torch.from_numpy(table) for name, table in begun.result().items()})
+        return self.scenes.render({name: torch.from_numpy(table) for name, table in begun[0].result().items()})
 
     def _reseed(self, rng: Rng, of: str) -> None:
         rng.g.manual_seed(random.Random(f"{self.seed} {of}").getrandbits(62))

@@ -14,10 +14,10 @@ import os
 import random
 import signal
 import time
+from concurrent import futures
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,8 @@ class Trainer:
         self.network = self.recipe.network.train()
         self.stages, self.sizes = self.recipe.stages(), image_sizes(config)
         self.data = self.recipe.data(self.rank)
-        self._begun: dict[Order, Any] = {}  # data of the coming steps
+        self._begun: dict[Order, list[futures.Future]] = {}  # data of the coming steps
+        self.waited = 0.0  # seconds for it, since the last line of the log
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", **(dict(device_id=self.device) if cuda else {}))
         self.unsharded: nn.Module | None = None  # what FSDP has split, in its form before
@@ -194,6 +195,9 @@ class Trainer:
     def batch(self, order: Order) -> Batch:
         """The data of the coming step."""
         begun = self._begun.pop(order, None) or self.data.begin(order)
+        start = time.monotonic()
+        futures.wait(begun)
+        self.waited += time.monotonic() - start
         self._begun = {other: begun for other, begun in self._begun.items() if other.step > order.step}
         return self.data.batch(order, begun)
 
@@ -245,14 +249,14 @@ class Trainer:
             bar.n = min(total, self.step if c.steps else round(self.trained))
             bar.update(0)
             if self.rank == 0 and now - logged > LOG_EVERY:
-                self._log(sums, count, frames / (now - logged), rate)
+                self._log(sums, count, frames, now - logged, rate)
                 sums, count, frames, logged = {}, 0, 0, now
             if save_now:
                 self.save()
                 saved = now
         bar.close()
         if self.rank == 0 and count:
-            self._log(sums, count, frames / max(time.monotonic() - logged, 1e-9), rate)
+            self._log(sums, count, frames, max(time.monotonic() - logged, 1e-9), rate)
         self.save()
         for number, handler in handlers.items():  # only now: torchrun passes on a signal that processes already had
             signal.signal(number, handler)
@@ -324,12 +328,15 @@ class Trainer:
             ) from error
         return SummaryWriter(self.out / "events")
 
-    def _log(self, sums: dict[str, Tensor], count: int, rate: float, lr: float) -> None:
-        """Means since the last time."""
+    def _log(self, sums: dict[str, Tensor], count: int, frames: int, seconds: float, lr: float) -> None:
+        """Means since the last time, of `count` steps."""
         means = {name: float(value) / count for name, value in sums.items()}
+        rate, waited, self.waited = frames / seconds, self.waited / seconds, 0.0
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if self.device.type == "cuda" else ""
         text = " ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.say(f"p {self.progress:.3f} step {self.step} {text} | lr {lr:.2g}, {rate:.0f} frames/s{memory}")
+        self.say(
+            f"p {self.progress:.3f} step {self.step} {text} | lr {lr:.2g}, {rate:.0f} frames/s, {waited:.0%} waiting for data{memory}"
+        )
         if self.events:
             for name, value in {**means, "lr": lr, "frames per second": rate}.items():
                 self.events.add_scalar(f"train/{name}", value, self.step)
