@@ -31,6 +31,9 @@ TRUSTED = 0.02  # confidence above which the network's depth may start a landmar
 TURNOVER = 0.7  # a keyframe is due when fewer of the last one's landmarks are left
 FLOW = 25.0  # ... or when they have moved by more pixels than this
 PATIENCE = 10  # ... or after as many frames
+STILL = 0.4  # pixels, root mean square, by which a camera that stands still may seem to have moved the image,
+SIGNIFICANT = 3.0  # ... or so many standard errors of that motion,
+STILL_MEDIAN = 1.2  # ... and pixels by which noise may have moved its median landmark
 SIGMA_DEPTH = 4.0  # of the logarithm of the network's depth: a start, not a measurement
 JUMP = math.log(1.25)  # of the scale of the network's depth: it has changed its unit
 FOCAL_NETWORK = 0.3  # sigma of the logarithm of the network's focal length, on real images
@@ -71,6 +74,7 @@ class View:
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # landmarks seen, ascending
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     keypoints: tuple[np.ndarray, np.ndarray] | None = None
+    still: bool = False  # at the last keyframe's pose
 
     def network_depth(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unscaled depth (M,), NaN where it has none, and confidence (M,) of the network at pixels (M, 2) of `grey`."""
@@ -216,7 +220,7 @@ class Odometry:
 
     def _go_on(self, view: View) -> None:
         self._motion = np.eye(4) if self._last is None else inverse(self._last.T_world_cam) @ view.T_world_cam
-        self._last = view
+        self._last = self._keyframes[-1] if view.still else view  # so that errors of tracking do not add up
         self._number += 1
 
     @staticmethod
@@ -261,6 +265,11 @@ class Odometry:
         good = (found[:, 0] > 0) & (found_back[:, 0] > 0) & (np.abs(back - last.pixels).max(1) < 0.7)
         good &= (pixels >= 2).all(1) & (pixels < [width - 3, height - 3]).all(1)
         ids, pixels = last.ids[good], pixels[good]
+        keyframe = self._keyframes[-1]
+        _, mine, theirs = np.intersect1d(ids, keyframe.ids, assume_unique=True, return_indices=True)
+        if stands_still(keyframe.pixels[theirs], pixels[mine]):
+            view.still, view.T_world_cam, self.tracked = True, keyframe.T_world_cam, len(mine)
+            return True
         # corners that no second keyframe has confirmed may be at a wrong depth, and are yet good corners
         confirmed = np.isin(ids, np.concatenate([k.ids for k in self._keyframes[:-1]] or [ids[:0]]))
         solved = solve_pose(self._points_of(ids), pixels, view.K, np.where(confirmed, REACH, YOUNG * REACH))
@@ -307,6 +316,8 @@ class Odometry:
         return ids
 
     def _is_due(self, view: View) -> bool:
+        if view.still:
+            return False
         last = self._keyframes[-1]
         _, mine, theirs = np.intersect1d(view.ids, last.ids, assume_unique=True, return_indices=True)
         if len(mine) < TURNOVER * len(last.ids) or view.number - last.number >= PATIENCE or self._jumps(view):
@@ -384,6 +395,24 @@ def grey_image(image: np.ndarray) -> np.ndarray:
     if shrink < 1:
         image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def stands_still(before: np.ndarray, now: np.ndarray) -> bool:
+    """Whether pixels (N, 2) are where they were, as far as noise lets tell, by the shift, turn and zoom that fit most of them.
+
+    False for fewer than LEAST pixels, and where they disagree.
+    """
+    if len(before) < LEAST or np.median(np.linalg.norm(now - before, axis=1)) > STILL_MEDIAN:
+        return False
+    cv2.setRNGSeed(0)
+    similarity, agree = cv2.estimateAffinePartial2D(before, now, ransacReprojThreshold=STILL_MEDIAN)
+    if similarity is None or agree.sum() < max(LEAST, AGREE * len(before)):
+        return False
+    before, now = (x[agree[:, 0] > 0] for x in (before, now))
+    fitted = before @ similarity[:, :2].T + similarity[:, 2]
+    moved = np.square(fitted - before).sum(1).mean()
+    noise = 4 * np.square(fitted - now).sum() / (2 * len(now) - 4) / len(now)  # what four parameters take of it
+    return bool(moved < max(STILL**2, SIGNIFICANT**2 * noise))
 
 
 def solve_pose(

@@ -111,6 +111,41 @@ def test_frames_between_the_networks_are_followed(sequence):
     assert len(keyframes) > 1
 
 
+def test_a_camera_that_stands_still_does_not_drift(sequence):
+    """For 60 frames, every second one of them without the network, in noise and with a network that thinks it moves; then it
+    moves on and is followed as well as one that never stood."""
+    images, T_true, depth, K = sequence
+    rng = np.random.default_rng()
+    estimates, odometry = network(sequence, rng), Odometry()
+    T_wrong = np.eye(4)
+    for i in range(60):
+        image = np.clip(images[0] + rng.normal(0, 3, images[0].shape), 0, 255).astype(np.uint8)
+        T_wrong[:3, 3] += 0.02 * rng.normal(size=3) * (i > 0)
+        estimate = replace(estimates[0], T_world_cam=T_wrong.copy(), depth=estimates[0].depth)
+        T = odometry.refine(image, estimate, True).T_world_cam if i % 2 == 0 else odometry.follow(image, K)
+        assert T is not None and np.linalg.norm(T[:3, 3]) < 0.01 * depth[0].mean()
+        assert rotation_angle(T[:3, :3]) < np.radians(0.3)
+    moved = inverse(T_wrong)
+    moving = [replace(x, T_world_cam=inverse(moved) @ x.T_world_cam) for x in estimates[1:]]
+    got = [estimates[0]] + [odometry.refine(image, x, True) for image, x in zip(images[1:], moving)]
+    assert error(got, T_true) < 0.7 * error(estimates, T_true)
+
+
+def test_a_slow_turn_is_no_standing_still(sequence):
+    """A tenth of a pixel per frame, under what noise hides from one frame to the next."""
+    images, _, _, K = sequence
+    estimate, odometry = network(sequence, np.random.default_rng())[0], Odometry()
+    steps = np.arange(50) / 10
+    for step in steps:
+        shifted = cv2.warpAffine(images[0], np.float32([[1, 0, -step], [0, 1, 0]]), SIZE[::-1], flags=cv2.INTER_CUBIC)
+        T = odometry.refine(shifted, estimate, True).T_world_cam
+    assert (
+        0.8 * steps[-1]
+        < K[0, 0] * np.arctan2(T[0, 2], T[2, 2]) + K[0, 0] * T[0, 3] / estimate.depth.mean()
+        < 1.2 * steps[-1]
+    )
+
+
 def test_following_needs_landmarks_of_the_same_camera(sequence):
     images, _, _, K = sequence
     estimate = network(sequence, np.random.default_rng())[0]
