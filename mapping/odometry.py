@@ -31,9 +31,12 @@ TRUSTED = 0.02  # confidence above which the network's depth may start a landmar
 TURNOVER = 0.7  # a keyframe is due when fewer of the last one's landmarks are left
 FLOW = 25.0  # ... or when they have moved by more pixels than this
 PATIENCE = 10  # ... or after as many frames
+DOUBTFUL = 0.7  # share of landmarks found again below which the exposure may have changed
 STILL = 0.4  # pixels, root mean square, by which a camera that stands still may seem to have moved the image,
 SIGNIFICANT = 3.0  # ... or so many standard errors of that motion,
-STILL_MEDIAN = 1.2  # ... and pixels by which noise may have moved its median landmark
+STILL_MEDIAN = 1.2  # ... pixels by which noise may have moved its median landmark, and
+STILL_SPREAD = 3.0  # ... times that, or times a quarter of a pixel if it is less, by which 85 % of them may have moved
+STILL_LEFT = 0.4  # share of the keyframe's landmarks below which even a camera that stands still gets a new one
 SIGMA_DEPTH = 4.0  # of the logarithm of the network's depth: a start, not a measurement
 JUMP = math.log(1.25)  # of the scale of the network's depth: it has changed its unit
 FOCAL_NETWORK = 0.3  # sigma of the logarithm of the network's focal length, on real images
@@ -257,18 +260,18 @@ class Odometry:
         False when that fails."""
         if len(last.ids) < LEAST:
             return False
-        guess = (last.pixels + shift).astype(np.float32)
-        pixels, found, _ = cv2.calcOpticalFlowPyrLK(last.grey, view.grey, last.pixels, guess, **TRACKER)
-        guess = (pixels - shift).astype(np.float32)
-        back, found_back, _ = cv2.calcOpticalFlowPyrLK(view.grey, last.grey, pixels, guess, **TRACKER)
-        height, width = view.grey.shape
-        good = (found[:, 0] > 0) & (found_back[:, 0] > 0) & (np.abs(back - last.pixels).max(1) < 0.7)
-        good &= (pixels >= 2).all(1) & (pixels < [width - 3, height - 3]).all(1)
+        pixels, good = flow(last, view.grey, shift)
+        if good.mean() < DOUBTFUL:
+            others, found = flow(last, exposed_as(view.grey, last.grey), shift)
+            pixels, good = (others, found) if found.sum() > good.sum() else (pixels, good)
         ids, pixels = last.ids[good], pixels[good]
         keyframe = self._keyframes[-1]
         _, mine, theirs = np.intersect1d(ids, keyframe.ids, assume_unique=True, return_indices=True)
         if stands_still(keyframe.pixels[theirs], pixels[mine]):
             view.still, view.T_world_cam, self.tracked = True, keyframe.T_world_cam, len(mine)
+            view.observe(ids[mine], pixels[mine])
+            if self._jumps(view):
+                self._scale = view.scale = self._measured_scale(view)
             return True
         # corners that no second keyframe has confirmed may be at a wrong depth, and are yet good corners
         confirmed = np.isin(ids, np.concatenate([k.ids for k in self._keyframes[:-1]] or [ids[:0]]))
@@ -316,10 +319,10 @@ class Odometry:
         return ids
 
     def _is_due(self, view: View) -> bool:
-        if view.still:
-            return False
         last = self._keyframes[-1]
         _, mine, theirs = np.intersect1d(view.ids, last.ids, assume_unique=True, return_indices=True)
+        if view.still:
+            return len(mine) < STILL_LEFT * len(last.ids)
         if len(mine) < TURNOVER * len(last.ids) or view.number - last.number >= PATIENCE or self._jumps(view):
             return True
         return bool(np.median(np.linalg.norm(view.pixels[mine] - last.pixels[theirs], axis=1)) > FLOW)
@@ -397,12 +400,35 @@ def grey_image(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
+def flow(last: View, grey: np.ndarray, shift: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the last view's landmarks, which have moved by about `shift` pixels, are in an image (h, w) uint8: pixels (N, 2),
+    and which of them (N,) are found, the same forwards and backwards."""
+    guess = (last.pixels + shift).astype(np.float32)
+    pixels, found, _ = cv2.calcOpticalFlowPyrLK(last.grey, grey, last.pixels, guess, **TRACKER)
+    guess = (pixels - shift).astype(np.float32)
+    back, found_back, _ = cv2.calcOpticalFlowPyrLK(grey, last.grey, pixels, guess, **TRACKER)
+    height, width = grey.shape
+    good = (found[:, 0] > 0) & (found_back[:, 0] > 0) & (np.abs(back - last.pixels).max(1) < 0.7)
+    good &= (pixels >= 2).all(1) & (pixels < [width - 3, height - 3]).all(1)
+    return pixels, good
+
+
+def exposed_as(grey: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """`grey` (h, w) uint8 as bright as `other`, by the median ratio of pixels in the same place: the tracker takes a feature's
+    brightness for constant, which a camera's automatic exposure does not keep."""
+    a, b = (x[::4, ::4].astype(np.float32) + 1 for x in (grey, other))
+    return cv2.convertScaleAbs(grey, alpha=float(np.median(b / a)))
+
+
 def stands_still(before: np.ndarray, now: np.ndarray) -> bool:
     """Whether pixels (N, 2) are where they were, as far as noise lets tell, by the shift, turn and zoom that fit most of them.
 
     False for fewer than LEAST pixels, and where they disagree.
     """
-    if len(before) < LEAST or np.median(np.linalg.norm(now - before, axis=1)) > STILL_MEDIAN:
+    if len(before) < LEAST:
+        return False
+    median, most = np.percentile(np.linalg.norm(now - before, axis=1), (50, 85))
+    if median > STILL_MEDIAN or most > STILL_SPREAD * max(median, 0.25):  # near landmarks move while far ones stay
         return False
     cv2.setRNGSeed(0)
     similarity, agree = cv2.estimateAffinePartial2D(before, now, ransacReprojThreshold=STILL_MEDIAN)

@@ -131,6 +131,44 @@ def test_a_camera_that_stands_still_does_not_drift(sequence):
     assert error(got, T_true) < 0.7 * error(estimates, T_true)
 
 
+def test_steps_of_the_exposure_do_not_lose_features(sequence):
+    """As a camera's automatic exposure makes them: every frame brighter or darker than the last one by up to a half."""
+    images, T_true, depth, K = sequence
+    rng = np.random.default_rng()
+    gains = rng.uniform(0.6, 0.95, FRAMES)
+    stepped = [(gain * image).round().astype(np.uint8) for gain, image in zip(gains, images)]
+    counts = []
+    for shown in (images, stepped):
+        odometry, estimates = Odometry(), network(sequence, np.random.default_rng(1))
+        counts.append([])
+        for image, estimate in zip(shown, estimates):
+            odometry.refine(image, estimate, True)
+            counts[-1].append(odometry.tracked)
+    assert sum(counts[1]) > 0.8 * sum(counts[0])
+
+
+def test_near_things_that_move_slowly_before_a_far_wall_are_no_standing_still():
+    """A camera that slides by 1 cm per frame; two thirds of what it sees are 50 m away, the rest 2 m."""
+    rng = np.random.default_rng()
+    far, near = (cv2.GaussianBlur(rng.uniform(0, 255, (240, 900)), (0, 0), 1.5) for _ in range(2))
+    far, near = (np.clip((x - 127) * 4 + 127, 0, 255).astype(np.uint8) for x in (far, near))
+    K = np.array([[200.0, 0, 160], [0, 200, 120], [0, 0, 1]])
+    depth = np.full((240, 320), 50, np.float32)
+    depth[:80] = 2
+    odometry, off = Odometry(), []
+    for i in range(40):
+        moved, x = np.float32([[1, 0, -i], [0, 1, 0]]), 0.01 * i  # 200 pixels * 1 cm / 2 m
+        image = cv2.warpAffine(far, np.float32([[1, 0, -i / 25], [0, 1, 0]]), (320, 240))
+        image[:80] = cv2.warpAffine(near, moved, (320, 240))[:80]
+        T = np.eye(4)
+        T[:3, 3] = (i > 0) * 0.02 * rng.normal(size=3) + [x, 0, 0]
+        image = np.repeat(image[..., None], 3, 2)
+        sigma = np.array([0.1, 0.1])
+        estimate = Estimate(i, Tracking.TRACKING, T, depth, np.ones_like(depth), K, image, pose_sigma=sigma)
+        off.append(abs(odometry.refine(image, estimate, True).T_world_cam[0, 3] - x))
+    assert max(off) < 0.08
+
+
 def test_a_slow_turn_is_no_standing_still(sequence):
     """A tenth of a pixel per frame, under what noise hides from one frame to the next."""
     images, _, _, K = sequence

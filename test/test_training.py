@@ -2,13 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from speed3r_ros.training import checkpoint, recipes
 from speed3r_ros.training.__main__ import main
 from speed3r_ros.training.config import CONFIGS, with_values
 from speed3r_ros.training.distil import Geometry, distillation_loss, geometry, speed3r_student
-from speed3r_ros.training.recipes import predict, prepare_process
+from speed3r_ros.training.recipes import predict, start_pool
 from speed3r_ros.training.render import SceneDataset, WorldConfig
 from speed3r_ros.training.trainer import Trainer
 
@@ -119,7 +119,7 @@ def test_data_begun_ahead_is_what_the_step_would_draw(tmp_path):
     """Also by the processes that sample for a GPU, over new textures and another size than was expected."""
     values = dict(steps=200, seed=int(torch.randint(2**31, ())), longest=12)
     ahead, now = (Trainer("compact", config("compact", **values), tmp_path / name) for name in ("ahead", "now"))
-    ahead.data._pool = ProcessPoolExecutor(1, get_context("spawn"), prepare_process)
+    ahead.data._pool = start_pool(1)
     texture = ahead.data.scenes.textures.data.clone()
     for step in (0, 1, recipes.REFRESH):
         for trainer in (ahead, now):
@@ -135,6 +135,45 @@ def test_data_begun_ahead_is_what_the_step_would_draw(tmp_path):
     changed = (texture != ahead.data.scenes.textures.data).any(1)
     assert changed.all()  # one of each family
     ahead.data._pool.shutdown()
+
+
+SAMPLING = """
+import os, signal
+from speed3r_ros.training.recipes import start_pool
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    pool = start_pool(1)
+    print("started", flush=True)
+    input()
+    print(pool.submit(os.getpid).result(), flush=True)
+    input()
+    print(pool.submit(os.getpid).result(), flush=True)
+    input()
+"""
+
+
+def test_processes_that_sample_outlive_signals_to_the_group_but_not_the_trainer(tmp_path):
+    """As a terminal's Ctrl-C and torchrun's SIGTERM are, before and after the process is ready; then the trainer is killed."""
+    (tmp_path / "run.py").write_text(SAMPLING)
+    run = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py"], cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout.readline() == "started\n"
+    pids = []
+    for _ in range(2):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(run.pid, number)
+        print(file=run.stdin, flush=True)
+        pids.append(int(run.stdout.readline()))
+    assert pids[0] == pids[1] != run.pid
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pids[0]}").exists() and "Z" not in Path(f"/proc/{pids[0]}/stat").read_text().split()[2]:
+        assert time.monotonic() < until, "it outlives the trainer"
+        time.sleep(0.1)
 
 
 def test_distil_moves_the_student_towards_the_teacher(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import threading
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process, resource_tracker
 
 import numpy as np
 import torch
@@ -115,17 +117,39 @@ def draw_sequences(seeds: list[str], views: int, bidirectional: bool) -> tuple[T
     return fine, coarse, torch.tensor(known)
 
 
+STOPPING = signal.SIGINT, signal.SIGTERM
+
+
 def prepare_process() -> None:
-    """Of one that samples scenes: it shares the cores, and leaves Ctrl-C to the trainer, which still needs the scenes."""
+    """Of one that samples scenes: it shares the cores, leaves signals to the trainer, which still needs the scenes when it is
+    told to stop, and ends with it, however that ends."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)  # a terminal and torchrun signal groups
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]  # drops those that wait
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    for number, handler in zip(STOPPING, handlers):
+        signal.signal(number, handler)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(0)), daemon=True).start()
 
 
-def sample_apart(world: WorldConfig | None, families: Tensor, seed: str, order: Order) -> dict[str, np.ndarray]:
+def start_pool(count: int = 2) -> ProcessPoolExecutor:
+    """Processes that sample scenes; signals wait until they have left the trainer's group."""
+    resource_tracker.ensure_running()
+    pool = ProcessPoolExecutor(count, get_context("spawn"), prepare_process)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        for _ in range(count):
+            pool.submit(int)  # starts one
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pool
+
+
+def sample_apart(world: WorldConfig | None, families: np.ndarray, seed: str, order: Order) -> dict[str, np.ndarray]:
     """`sample_tables` for a step; arrays, which travel between processes as bytes."""
     size = order.sequences, order.views, *order.size
     r = Rng("cpu", random.Random(f"{seed} scenes {order.step}").getrandbits(62))
-    tables = sample_tables(world, families, r, random.Random(f"{seed} step {order.step}"), size)
+    tables = sample_tables(world, torch.from_numpy(families), r, random.Random(f"{seed} step {order.step}"), size)
     return {name: table.numpy() for name, table in tables.items()}
 
 
@@ -148,11 +172,12 @@ class RenderedData:
             verbose=rank == 0,
         )
         self.refreshed = 0
-        self._pool = ProcessPoolExecutor(2, get_context("spawn"), prepare_process) if cuda else ThreadPoolExecutor(1)
+        self._pool = start_pool() if cuda else ThreadPoolExecutor(1)
 
     def begin(self, order: Order) -> list[Future[dict[str, np.ndarray]]]:
         """Start to sample the scenes of a step."""
-        return [self._pool.submit(sample_apart, self.scenes.world, self.scenes.textures.families, self.seed, order)]
+        families = self.scenes.textures.families.numpy()
+        return [self._pool.submit(sample_apart, self.scenes.world, families, self.seed, order)]
 
     def batch(self, order: Order, begun: list[Future[dict[str, np.ndarray]]]) -> Batch:
         """Render what `begin` began. Steps must not go back; those passed over are caught up with."""

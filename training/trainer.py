@@ -198,7 +198,9 @@ class Trainer:
         start = time.monotonic()
         futures.wait(begun)
         self.waited += time.monotonic() - start
-        self._begun = {other: begun for other, begun in self._begun.items() if other.step > order.step}
+        for stale in [other for other in self._begun if other.step <= order.step]:
+            for future in self._begun.pop(stale):
+                future.cancel()
         return self.data.batch(order, begun)
 
     # ---------------------------------------------------------------------------------------------------------- loop
@@ -226,6 +228,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         count = frames = 0
         begun = logged = saved = time.monotonic()
+        self.waited = 0.0
         before = self.trained
         total = c.steps or round(60 * c.minutes)
         bar = tqdm(total=total, unit="step" if c.steps else "s", disable=None if self.rank == 0 else True)
