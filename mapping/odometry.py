@@ -31,7 +31,8 @@ TRUSTED = 0.02  # confidence above which the network's depth may start a landmar
 TURNOVER = 0.7  # a keyframe is due when fewer of the last one's landmarks are left
 FLOW = 25.0  # ... or when they have moved by more pixels than this
 PATIENCE = 10  # ... or after as many frames
-DOUBTFUL = 0.7  # share of landmarks found again below which the exposure may have changed
+DOUBTFUL = 0.7  # share of landmarks found again below which a change of the exposure may be why,
+EXPOSURE = 0.02  # ... if brightness has changed by so much
 STILL = 0.4  # pixels, root mean square, by which a camera that stands still may seem to have moved the image,
 SIGNIFICANT = 3.0  # ... or so many standard errors of that motion,
 STILL_MEDIAN = 1.2  # ... pixels by which noise may have moved its median landmark, and
@@ -261,9 +262,10 @@ class Odometry:
         if len(last.ids) < LEAST:
             return False
         pixels, good = flow(last, view.grey, shift)
-        if good.mean() < DOUBTFUL:
-            others, found = flow(last, exposed_as(view.grey, last.grey), shift)
-            pixels, good = (others, found) if found.sum() > good.sum() else (pixels, good)
+        ratio = brightness_ratio(last.grey, view.grey)
+        if good.mean() < DOUBTFUL and abs(ratio - 1) > EXPOSURE:
+            others, found = flow(last, cv2.convertScaleAbs(view.grey, alpha=ratio), shift)
+            pixels, good = (others, found) if found.mean() > max(AGREE, good.mean()) else (pixels, good)
         ids, pixels = last.ids[good], pixels[good]
         keyframe = self._keyframes[-1]
         _, mine, theirs = np.intersect1d(ids, keyframe.ids, assume_unique=True, return_indices=True)
@@ -413,11 +415,11 @@ def flow(last: View, grey: np.ndarray, shift: np.ndarray | float) -> tuple[np.nd
     return pixels, good
 
 
-def exposed_as(grey: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """`grey` (h, w) uint8 as bright as `other`, by the median ratio of pixels in the same place: the tracker takes a feature's
-    brightness for constant, which a camera's automatic exposure does not keep."""
+def brightness_ratio(grey: np.ndarray, other: np.ndarray) -> float:
+    """How much brighter `grey` (h, w) uint8 is than `other`, by the median ratio of pixels in the same place: the tracker takes
+    a feature's brightness for constant, which a camera's automatic exposure does not keep."""
     a, b = (x[::4, ::4].astype(np.float32) + 1 for x in (grey, other))
-    return cv2.convertScaleAbs(grey, alpha=float(np.median(b / a)))
+    return float(np.median(a / b))
 
 
 def stands_still(before: np.ndarray, now: np.ndarray) -> bool:
