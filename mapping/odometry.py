@@ -262,8 +262,7 @@ class Odometry:
         if len(last.ids) < LEAST:
             return False
         pixels, good = flow(last, view.grey, shift)
-        ratio = brightness_ratio(last.grey, view.grey)
-        if good.mean() < DOUBTFUL and abs(ratio - 1) > EXPOSURE:
+        if good.mean() < DOUBTFUL and abs((ratio := brightness_ratio(last.grey, view.grey)) - 1) > EXPOSURE:
             others, found = flow(last, cv2.convertScaleAbs(view.grey, alpha=ratio), shift)
             pixels, good = (others, found) if found.mean() > max(AGREE, good.mean()) else (pixels, good)
         ids, pixels = last.ids[good], pixels[good]
