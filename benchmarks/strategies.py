@@ -4,13 +4,15 @@
     python benchmarks/strategies.py --backbones pi3 --strategies dense spark3r --views 256
     python benchmarks/strategies.py --precision bf16 fp8               # one beside the other
     python benchmarks/strategies.py --parts                            # as `speed3r reconstruct --offline` runs them
+    python benchmarks/strategies.py --graph --views 2 --precision bf16 fp8   # few views wait for launches, graphs do not
     python benchmarks/strategies.py --tiny                             # on a CPU in seconds, to see that it runs
 
 Published sizes, from images to points and poses. Dense attention is the library's fastest, cuDNN's. Times and differences
 are to dense attention's of the same run, in the first precision. Unless `--checkpoint` is given, weights are
 random (one seed, LayerScale 0.3 so that blocks matter): then the differences say that a strategy is an approximation of dense
 attention and how close, but nothing about accuracy. Views are crops of one random texture, 8 pixels apart. Prints Markdown.
-With `--parts` images start on the host and maps return there a chunk of views at a time; else both stay on the GPU.
+With `--parts` images start on the host and maps return there a chunk of views at a time; else both stay on the GPU. With
+`--graph` the whole network is captured in a CUDA graph, which is replayed; the peak is then what the allocator holds.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -75,25 +78,54 @@ def sequence(views: int, height: int, width: int, device: torch.device) -> Tenso
     return torch.stack([plane[:, :, 8 * t : 8 * t + width] for t in range(views)])[None]
 
 
+def captured(run: Callable[[], list[Reconstruction]]) -> Callable[[], list[Reconstruction]]:
+    """The same, replayed as a CUDA graph. RuntimeError if it cannot be captured."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # libraries choose their algorithms outside the capture
+        for _ in range(2):
+            run()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> list[Reconstruction]:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def seconds_and_peak(
-    model: nn.Module, images: Tensor, strategy: Strategy, parts: bool
+    model: nn.Module, images: Tensor, strategy: Strategy, how: argparse.Namespace
 ) -> tuple[float, float, tuple[Tensor, Tensor]]:
-    """Seconds of the fastest of up to three runs, GiB allocated at its worst (0 on a CPU), and its output as `compared`."""
+    """Seconds of the fastest of up to three runs, GiB allocated at its worst (0 on a CPU), and its output as `compared`.
+
+    how: `parts` and `graph` of the command line.
+    """
     on_gpu, times = next(model.parameters()).is_cuda, []
+
+    def run() -> list[Reconstruction]:
+        heads = model.trunk(images, attention=strategy)
+        return [on_host(part) for part in heads.parts()] if how.parts else [heads.whole()]
+
+    if how.graph:
+        run = captured(run)
     while True:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         start = time.perf_counter()
-        heads = model.trunk(images, attention=strategy)
-        out = [on_host(part) for part in heads.parts()] if parts else [heads.whole()]
+        out = run()
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        worst = torch.cuda.max_memory_reserved if how.graph else torch.cuda.max_memory_allocated
+        peak = worst() / 2**30 if on_gpu else 0.0
         if len(times) == 3 or sum(times) > PATIENCE:
             return min(times), peak, compared(out)
-        del heads, out
+        del out
 
 
 def on_host(part: Reconstruction) -> Reconstruction:
@@ -122,17 +154,17 @@ def differences(out: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor], traine
 
 
 def row(
-    model: nn.Module, images: Tensor, name: str, base: tuple | None, trained: bool, parts: bool
+    model: nn.Module, images: Tensor, name: str, base: tuple | None, how: argparse.Namespace
 ) -> tuple[str, tuple | None]:
     """Cells of a configuration, and its seconds and output for the rows below."""
     try:
-        seconds, peak, out = seconds_and_peak(model, images, OPTIONS[name], parts)
+        seconds, peak, out = seconds_and_peak(model, images, OPTIONS[name], how)
         result = seconds, out
     except torch.OutOfMemoryError:
         return "out of memory | – | – | – | – | –", None
     except ValueError as refusal:
         return f"{refusal} | – | – | – | – | –", None
-    moved = differences(result[1], base[1], trained) if base else "– | – | –"
+    moved = differences(result[1], base[1], bool(how.checkpoint)) if base else "– | – | –"
     times = f"{base[0] / seconds:.2f}" if base else "–"
     return f"{seconds:.3f} | {times} | {peak:.1f} | {moved}", result
 
@@ -151,10 +183,13 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16"], help="one after the other")
     parser.add_argument("--checkpoint", help="published weights of the one backbone that is named")
     parser.add_argument("--parts", action="store_true", help="images and maps on the host, the GPU sees chunks of them")
+    parser.add_argument("--graph", action="store_true", help="replay the network as a CUDA graph")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.checkpoint and len(args.backbones) > 1:
         parser.error("--checkpoint is of one backbone: name it in --backbones")
+    if args.graph and (args.parts or args.tiny):
+        parser.error("--graph is of a GPU alone: leave --parts and --tiny out")
     if args.tiny and (args.checkpoint or not TINY.keys() >= set(args.backbones)):
         parser.error(f"--tiny has random weights, and of {', '.join(TINY)} alone")
     if args.tiny:
@@ -175,7 +210,7 @@ def main() -> None:
             for views in args.views:
                 images = sequence(views, *args.size, torch.device("cpu") if args.parts else device)
                 for strategy in sorted(args.strategies, key=lambda name: name != "dense"):
-                    cells, result = row(model, images, strategy, bases.get(views), bool(args.checkpoint), args.parts)
+                    cells, result = row(model, images, strategy, bases.get(views), args)
                     if strategy == "dense":
                         bases.setdefault(views, result)
                     print(f"| {views} | {precision} | {strategy} | {cells} |", flush=True)
