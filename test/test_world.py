@@ -266,7 +266,7 @@ def test_circling_cameras_look_at_their_target():
     assert height.min() > -0.01 and height.max() < 45.01
     assert radius[::2].min() > 0.7 * 0.75 / 1.2 and radius[::2].max() < 5 * 1.25 * 1.2  # indoors, metres
     steps = torch.from_numpy(np.diff(np.rad2deg(np.unwrap(torch.atan2(away[..., 0], away[..., 2]).numpy()))))
-    assert 55 < steps.sum(1).abs().min() and steps.sum(1).abs().max() < 440  # an oval's angle is not the drawn one
+    assert 38 < steps.sum(1).abs().min() and steps.sum(1).abs().max() < 422  # 60 to 400 before the circle is an oval
     assert (steps.sign() == steps[:, :1].sign()).all() and (steps.abs().std(1) > 0.02 * steps.abs().mean(1)).all()
 
 
@@ -283,30 +283,34 @@ def test_circled_solids_are_seen_and_no_camera_is_inside_a_solid(bank):
     seen = raycast.raycast_reference(dict(scene, cam=cam), bank.data, 1, 1)
     index, depth = seen.index.view(B, N), seen.depth.view(B, N)
     solid = torch.stack([index == slot for slot in TARGETS]).any(0)
-    assert (
-        solid & (depth < place[..., 2])
-    ).double().mean() > 0.5  # 0.8 of all have a solid, that hardly anything hides
 
-    prim = scene["prim"]
-    local = prim[..., :9].unflatten(-1, (3, 3)) @ (scene["t"][:, :, None] - prim[..., 9:12])[..., None]
-    inside = (local.abs().amax((-2, -1)) < 1) & (prim[..., 16] > 0)
-    assert inside[..., 0].all() and not inside[..., 1:].any()
+    def inside(points):
+        """Whether points (B, M, 3) are in the boxes around solids: (B, M, P)."""
+        prim = scene["prim"][:, :1]
+        local = prim[..., :9].unflatten(-1, (3, 3)) @ (points[:, :, None] - prim[..., 9:12])[..., None]
+        return (local.abs().amax((-2, -1)) < 1) & (prim[..., 16] > 0)
+
+    stands = inside(path["target"].double()[:, None])[:, 0, list(TARGETS)].any(1)
+    assert stands.double().mean() > 0.4
+    assert (solid & (depth < place[..., 2]))[stands].double().mean() > 0.85  # hardly anything hides it
+    cameras = inside(scene["t"])
+    assert cameras[..., 0].all() and not cameras[..., 1:].any()
 
 
 def test_bare_places_have_hardly_any_texture(bank):
     def contrast(config):
-        """Median relative difference of neighbouring pixels of a solid; the scene."""
+        """Relative difference of neighbouring pixels of one face, which a tenth of them exceed; the scene."""
         scene = sample(bank, config, 16, 2)
         seen = raycast.raycast_reference(scene, bank.data, *SIZE, details=True)
         same = (seen.index[..., 1:] == seen.index[..., :-1]) & seen.depth[..., 1:].isfinite()
         same &= (seen.normal[..., 1:] * seen.normal[..., :-1]).sum(1) > 0.999
         grey = seen.rgb.mean(1)
-        return ((grey[..., 1:] - grey[..., :-1]).abs() / (grey[..., 1:] + grey[..., :-1]))[same].median(), scene
+        return ((grey[..., 1:] - grey[..., :-1]).abs() / (grey[..., 1:] + grey[..., :-1]))[same].quantile(0.9), scene
 
     config = replace(NOTHING, street=0.5)
     usual, _ = contrast(config)
     bare, scene = contrast(replace(config, bare=1.0))
-    assert bare < 0.3 * usual
+    assert bare < 0.4 * usual
     assert scene["mat"][..., 6:9].max() <= BARE_CONTRAST
     indoors = scene["prim"][~scene["outdoor"], 0, 1:, 16] > 0
     assert indoors.any() and indoors.sum(1).max() <= BARE_SOLIDS + STEPS + 1  # a climb, and the target
