@@ -34,9 +34,9 @@ MOVERS = (BOX + NB - 1, PRISM + NT - 1, ELLIPSOID + NS - 1, CONE + NC - 1)  # a 
 TARGETS = (SPARE[0], SPARE[1], CONE + 6)  # what a camera circles: one box, prism or cone, instead of that clutter
 TARGET_ODDS = (0.6, 0.15, 0.25)
 TARGET_SHARE = 0.8  # of the sequences that circle; the others circle a place on the floor
-UPON = ((BOX + 21, BOX + 18, 3), (ELLIPSOID, CONE, 4))  # of streets: what stands on what, how many: cabins, crowns
+UPON = ((BOX + 21, BOX + 18, 3), (ELLIPSOID, CONE, 4))  # in streets: cabins on cars, crowns on trunks, and how many
 BARE_SOLIDS = 5  # at most, beside the target
-BARE_CONTRAST = 0.05
+BARE_CONTRAST = 0.05  # of the texture's, at most
 ASPECTS = (4 / 3, 3 / 2, 16 / 10, 16 / 9, 1.0)  # of sensors
 LARGEST_SPEED = 0.05  # image widths per frame interval that exposure and read-out may smear
 RESIDUAL = 0.6  # pixels that each term of the residual distortion moves a corner, at most
@@ -49,9 +49,10 @@ class WorldConfig:
 
     street, corridor: share of streets; of corridors among the rooms. stairs, clutter, moving: a flight of stairs, more solids
     (gables, ramps, cones, boxes, ellipsoids), a vehicle and a person. textureless, reflective, tiles, contrast: materials of
-    a part of all faces. bare: hardly any texture on any face, and few solids; twice as often where the camera circles. motion_blur, rolling_shutter, exposure_steps, vignetting, dark, noise: the sensor. distortion: left
-    over by rectification. anisotropic: images of another aspect ratio, squeezed into the network's as the engine does.
-    field_of_view: horizontal, degrees; half of all lenses are usual ones, around 64.
+    a part of all faces. bare: hardly any texture on any face, and few solids; drawn twice as often where the camera circles.
+    motion_blur, rolling_shutter, exposure_steps, vignetting, dark, noise: the sensor. distortion: left over by rectification.
+    anisotropic: images of another aspect ratio, squeezed into the network's as the engine does. field_of_view: horizontal,
+    degrees; half of all lenses are usual ones, around 64.
     """
 
     street: float = 0.4
@@ -153,8 +154,7 @@ def sample_site(r: Rng, path: dict[str, Tensor], H: int) -> dict[str, Tensor]:
     widest = 0.4 * away[..., ::2].norm(dim=-1).amin(1)  # a box's edge is then at 0.57 of the nearest camera's distance
     broad = torch.minimum(tall[:, None] * r.lu(B, 2, lo=0.4, hi=2.0), widest[:, None])
     floor = torch.maximum(target[:, 1] + tall, t[..., 1].amax(1) + r.lu(B, lo=0.15, hi=0.6))
-    reach = F.pad(1.5 * broad.amax(1, keepdim=True), (0, 2)) * circling[:, None]
-    reach = reach[:, [0, 1, 0]]
+    reach = 1.5 * broad.amax(1, keepdim=True) * circling[:, None] * torch.tensor([1.0, 0.0, 1.0], device=r.d)
     held = torch.cat([t, torch.stack([target - reach, target + reach], 1)], 1)
     size = torch.stack([broad[:, 0], tall, broad[:, 1]], -1)
     return dict(size=size, floor=torch.where(circling, floor, torch.nan), held=held)
