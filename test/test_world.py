@@ -12,11 +12,21 @@ from speed3r_ros.mapping.geometry import rotation_angle
 from speed3r_ros.model.network import Network, NetworkConfig, Prediction
 from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import losses
-from speed3r_ros.training.motions import MOTIONS
+from speed3r_ros.training.motions import CIRCLE, MOTIONS, STEPS, sample_paths
 from speed3r_ros.training.render import SPLITS, SceneDataset, WorldConfig
 from speed3r_ros.training.scenes import camera_table, primitives
 from speed3r_ros.training.textures import Rng, TextureBank
-from speed3r_ros.training.world import MOVERS, RESIDUAL, moving, sample_lens, sample_shutter, sample_world
+from speed3r_ros.training.world import (
+    BARE_CONTRAST,
+    BARE_SOLIDS,
+    MOVERS,
+    RESIDUAL,
+    TARGETS,
+    moving,
+    sample_lens,
+    sample_shutter,
+    sample_world,
+)
 
 NOTHING = replace(WorldConfig(), **{field.name: 0.0 for field in fields(WorldConfig) if field.name != "field_of_view"})
 SIZE = 40, 56
@@ -235,6 +245,81 @@ def test_motions_of_robots():
     R, t = path("shake", 64)
     step = degrees_between(R[:, 1:], R[:, :-1])
     assert (step.amax(1) > 2 * step.median(1).values).all()
+
+
+def seen_from(R, t, target):
+    """Places (B, 3) of targets in the axes of cameras (B, N), float64: (B, N, 3)."""
+    return ((target[:, None] - t)[..., None, :] @ R).squeeze(-2)
+
+
+def test_circling_cameras_look_at_their_target():
+    B, N, H, W = 40, 24, 84, 112
+    r = Rng("cpu", int(torch.randint(2**31, ())))
+    path = sample_paths(r, torch.full((B,), CIRCLE), N, H, W, torch.arange(B) % 2 == 1)
+    R, t, K, target = (path[k].double() for k in ("R", "t", "K", "target"))
+    x, y, z = seen_from(R, t, target).unbind(-1)
+    u, v = x / z * K[:, :1] + K[:, 2:3], y / z * K[:, 1:2] + K[:, 3:4]
+    assert ((z > 0) & (u > 0) & (u < W - 1) & (v > 0) & (v < H - 1)).double().mean() > 0.9
+    away = t - target[:, None]
+    radius = away[..., ::2].norm(dim=-1)
+    height = torch.rad2deg(torch.atan2(-away[..., 1], radius))
+    assert height.min() > -0.01 and height.max() < 45.01
+    assert radius[::2].min() > 0.7 * 0.75 / 1.2 and radius[::2].max() < 5 * 1.25 * 1.2  # indoors, metres
+    steps = torch.from_numpy(np.diff(np.rad2deg(np.unwrap(torch.atan2(away[..., 0], away[..., 2]).numpy()))))
+    assert 38 < steps.sum(1).abs().min() and steps.sum(1).abs().max() < 422  # 60 to 400 before the circle is an oval
+    assert (steps.sign() == steps[:, :1].sign()).all() and (steps.abs().std(1) > 0.02 * steps.abs().mean(1)).all()
+
+
+def test_circled_solids_are_seen_and_no_camera_is_inside_a_solid(bank):
+    B, N, seed = 24, 24, int(torch.randint(2**31, ()))
+    config = replace(NOTHING, street=0.5, clutter=1.0)
+    scene = sample_world(Rng("cpu", seed), random.Random(0), config, bank.families, B, N, *SIZE, CIRCLE)
+    path = sample_paths(Rng("cpu", seed), torch.full((B,), CIRCLE), N, *SIZE, scene["outdoor"])
+    scene |= {k: scene[k].double() for k in (*TABLES, "R", "t")}
+    assert torch.equal(path["t"].double(), scene["t"])  # the same draws
+    place = seen_from(scene["R"], scene["t"], path["target"].double())
+    cam = scene["cam"].clone()
+    cam[..., 12:14], cam[..., 14:16], cam[..., 16:] = 1, -place[..., :2] / place[..., 2:], 0  # one pixel, at the target
+    seen = raycast.raycast_reference(dict(scene, cam=cam), bank.data, 1, 1)
+    index, depth = seen.index.view(B, N), seen.depth.view(B, N)
+    solid = torch.stack([index == slot for slot in TARGETS]).any(0)
+
+    def inside(points):
+        """Whether points (B, M, 3) are in the boxes around solids: (B, M, P)."""
+        prim = scene["prim"][:, :1]
+        local = prim[..., :9].unflatten(-1, (3, 3)) @ (points[:, :, None] - prim[..., 9:12])[..., None]
+        return (local.abs().amax((-2, -1)) < 1) & (prim[..., 16] > 0)
+
+    stands = inside(path["target"].double()[:, None])[:, 0, list(TARGETS)].any(1)
+    assert stands.double().mean() > 0.4
+    assert (solid & (depth < place[..., 2]))[stands].double().mean() > 0.85  # hardly anything hides it
+    cameras = inside(scene["t"])
+    assert cameras[..., 0].all() and not cameras[..., 1:].any()
+
+
+def test_bare_places_have_hardly_any_texture(bank):
+    def contrast(config):
+        """Relative difference of neighbouring pixels of one face, which a tenth of them exceed; the scene."""
+        scene = sample(bank, config, 16, 2)
+        seen = raycast.raycast_reference(scene, bank.data, *SIZE, details=True)
+        same = (seen.index[..., 1:] == seen.index[..., :-1]) & seen.depth[..., 1:].isfinite()
+        same &= (seen.normal[..., 1:] * seen.normal[..., :-1]).sum(1) > 0.999
+        grey = seen.rgb.mean(1)
+        return ((grey[..., 1:] - grey[..., :-1]).abs() / (grey[..., 1:] + grey[..., :-1]))[same].quantile(0.9), scene
+
+    config = replace(NOTHING, street=0.5)
+    usual, _ = contrast(config)
+    bare, scene = contrast(replace(config, bare=1.0))
+    assert bare < 0.4 * usual
+    assert scene["mat"][..., 6:9].max() <= BARE_CONTRAST
+    indoors = scene["prim"][~scene["outdoor"], 0, 1:, 16] > 0
+    assert indoors.any() and indoors.sum(1).max() <= BARE_SOLIDS + STEPS + 1  # a climb, and the target
+
+    def share(motion):
+        mat = sample(bank, replace(NOTHING, bare=0.3), 300, 1, motion)["mat"]
+        return (mat[..., 6:9].amax((1, 2, 3)) <= BARE_CONTRAST).double().mean()
+
+    assert 0.15 < share("stand") < 0.45 < share("circle") < 0.75
 
 
 @pytest.fixture(scope="module")

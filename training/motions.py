@@ -1,4 +1,6 @@
-"""Camera paths of robots and people: driving, walking, climbing, loops, shaking, standing and turning on the spot."""
+"""Camera paths of robots and people: driving, walking, climbing, loops, shaking, standing, turning on the spot, and circling
+what they look at.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,14 @@ from speed3r_ros.training.scenes import MOTIONS as ROOM_MOTIONS
 from speed3r_ros.training.scenes import ODDS, axis_angle, eul, rotation, sample_cameras
 from speed3r_ros.training.textures import Rng
 
-PATHS = ("drive", "walk", "climb", "loop", "shake", "stand", "turn")
+PATHS = ("drive", "walk", "climb", "loop", "shake", "stand", "turn", "circle")
 MOTIONS = (*ROOM_MOTIONS, *PATHS)
-DRIVE, WALK, CLIMB, LOOP, SHAKE, STAND, TURN = range(len(ROOM_MOTIONS), len(MOTIONS))
+DRIVE, WALK, CLIMB, LOOP, SHAKE, STAND, TURN, CIRCLE = range(len(ROOM_MOTIONS), len(MOTIONS))
 PATH_SHARE = 0.6  # of sequences; the others move as in rooms
-PATH_ODDS = (22, 22, 8, 14, 10, 8, 16)
+PATH_ODDS = (22, 22, 8, 14, 10, 8, 16, 14)
 STEPS = 8  # of a flight of stairs
 OFFSETS = (0.0, 0.0, 0.0, 0.5, -0.5, 1.0)  # where a camera on a robot looks, in half turns from the way it goes
+FASTEST_CIRCLE = 30.0  # degrees per frame interval: a short sequence goes less far round, so that its views overlap
 
 
 def sample_motions(r: Rng, B: int, motion: int | None) -> Tensor:
@@ -34,7 +37,8 @@ def sample_paths(r: Rng, kind: Tensor, N: int, H: int, W: int, outdoor: Tensor) 
     """Camera-to-world R (B, N, 3, 3), t (B, N, 3) in metres, K (B, 5), motion (B,), and the stairs that `climb` needs.
 
     kind: (B,) indices into MOTIONS. outdoor: (B,) bool, where the motions of rooms are larger. Stairs: foot (B, 3), the place
-    where the first step begins at the eye's height, heading (B,), rise and run (B,) of a step.
+    where the first step begins at the eye's height, heading (B,), rise and run (B,) of a step. target (B, 3): what `circle`
+    looks at, in metres along the world's axes (y down); the first camera's place for the other motions.
     """
     B, dev, deg = len(kind), r.d, math.pi / 180
     R0, t0, K, _ = sample_cameras(r, B, N, H, W, torch.where(kind < DRIVE, kind, 5))
@@ -116,7 +120,25 @@ def sample_paths(r: Rng, kind: Tensor, N: int, H: int, W: int, outdoor: Tensor) 
     R = torch.where(is_(TURN)[..., None, None], turning, R)
     R = torch.where(is_(STAND)[..., None, None], R0[:, :1], R)
     t = torch.where(is_(STAND, TURN)[..., None], t0[:, :1], t)
-    return dict(R=R, t=t, K=K, motion=kind, foot=foot, heading=psi[:, 0], rise=rise, run=run)
+    # around a target
+    total = r.lu(B, 1, lo=60, hi=400).clamp(max=FASTEST_CIRCLE * max(N - 1, 1)) * deg * r.sgn(B, 1)
+    pace = (1 + 0.4 * sway(N / 4 + 3, 2 * N + 3)).clamp_min(0.2)
+    gone = torch.cumsum(pace, 1) - pace[:, :1]
+    angle = r.u(B, 1, hi=2 * math.pi) + total * gone / gone[:, -1:].clamp_min(1e-6)
+    away = r.lu(B, 1, lo=0.7, hi=5.0) * larger[..., 0] * (1 + 0.12 * sway(N / 3 + 3, 2 * N + 3)).clamp(0.75, 1.25)
+    oval = r.lu(B, 1, lo=0.85, hi=1.2)
+    above = ((r.u(B, 1, hi=45) + 3 * sway(N / 3 + 3, 2 * N + 3)) * deg).clamp(0, math.pi / 4)
+    out = torch.stack([oval * angle.sin(), 0 * angle, angle.cos() / oval], -1) * away[..., None]
+    out[..., 1] = -out.norm(dim=-1) * above.tan()
+    circle = is_(CIRCLE)
+    t = torch.where(circle[..., None], out - out[:, :1], t)
+    target = torch.where(circle, -out[:, 0], t[:, 0])
+    miss = 1.5 * deg * (r.n(B, 3, 1) + torch.stack([sway(15, 60), sway(15, 60), sway(15, 60)], 1))
+    miss = miss + r.lu(B, 1, 1, lo=0.02, hi=0.5) * deg * r.n(B, 3, N)
+    yaw, pitch = torch.atan2(-out[..., 0], -out[..., 2]), torch.atan2(out[..., 1], out[..., ::2].norm(dim=-1))
+    aim = eul(yaw + miss[:, 0], pitch + miss[:, 1], miss[:, 2])
+    R = torch.where(circle[..., None, None], aim, R)
+    return dict(R=R, t=t, K=K, motion=kind, foot=foot, heading=psi[:, 0], rise=rise, run=run, target=target)
 
 
 def velocities(R: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -270,14 +270,19 @@ def sample_scene(
     basic: bool = False,
     corridors: float = 0.2,
     cameras: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    held: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """A furnished room and a camera path for each of B sequences: the tables of `kernels.raycast`, and R, t, K, motion.
 
     corridors: share of corridors (none if basic). cameras: R, t, K and motion as from `sample_cameras`, to furnish a room around a given path.
+    held (B, n, 3): points that the room holds, the cameras among them (the cameras alone if None). floor (B,): height of the
+    floor in metres, y down, NaN or None for a random one below the cameras.
     """
     dev = r.d
     R, t, K, mt = cameras or sample_cameras(r, B, N, H, W, motion, basic)
-    tmin, tmax = t.amin(1), t.amax(1)
+    held = t if held is None else held
+    tmin, tmax = held.amin(1), held.amax(1)
     big = 1 + r.b(0.3, B, 1).float() * r.lu(B, 1, lo=0.5, hi=5.0)
     asym = r.lu(B, 6, lo=0.7, hi=5.0)
     if not basic:  # corridors: close walls on one horizontal axis, a far end on the other
@@ -289,6 +294,8 @@ def sample_scene(
     lo = tmin - 0.35 - asym[:, :3] * big
     hi = tmax + 0.35 + asym[:, 3:] * big
     hi[:, 1] = tmax[:, 1] + r.u(B, lo=0.4, hi=1.9) * big[:, 0].sqrt()  # floor (y down)
+    if floor is not None:
+        hi[:, 1] = torch.where(floor.isnan(), hi[:, 1], floor)
     lo[:, 1] = tmin[:, 1] - r.u(B, lo=0.4, hi=2.3) * big[:, 0]  # ceiling
     rc, rh = (lo + hi) / 2, (hi - lo) / 2
     eye = torch.eye(3, device=dev)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from speed3r_ros.kernels import raycast
 from speed3r_ros.kernels.raycast import BOX, CONE, ELLIPSOID, NB, NC, NS, NT, PRISM
+from speed3r_ros.training.motions import CIRCLE as CIRCLING
 from speed3r_ros.training.motions import CLIMB as CLIMBING
 from speed3r_ros.training.motions import STEPS, sample_motions, sample_paths, velocities
 from speed3r_ros.training.scenes import (
@@ -25,11 +26,17 @@ from speed3r_ros.training.scenes import (
     sample_materials,
     sample_scene,
 )
-from speed3r_ros.training.textures import FACADE, FOLIAGE, PAVING, SMOOTH, TILES, Rng
+from speed3r_ros.training.textures import FACADE, FOLIAGE, PAVING, SMOOTH, TILES, Rng, _color
 
 STAIRS = BOX + 24  # the first of the boxes that steps use; those before are the place's
 SPARE = (BOX + 24 + STEPS, PRISM + 6, ELLIPSOID + 6, *range(CONE + 6, CONE + 9))  # clutter's own
 MOVERS = (BOX + NB - 1, PRISM + NT - 1, ELLIPSOID + NS - 1, CONE + NC - 1)  # a vehicle of two, a person of two solids
+TARGETS = (SPARE[0], SPARE[1], CONE + 6)  # what a camera circles: one box, prism or cone, instead of that clutter
+TARGET_ODDS = (0.6, 0.15, 0.25)
+TARGET_SHARE = 0.8  # of the sequences that circle; the others circle a place on the floor
+UPON = ((BOX + 21, BOX + 18, 3), (ELLIPSOID, CONE, 4))  # in streets: cabins on cars, crowns on trunks, and how many
+BARE_SOLIDS = 5  # at most, beside the target
+BARE_CONTRAST = 0.05  # of the texture's, at most
 ASPECTS = (4 / 3, 3 / 2, 16 / 10, 16 / 9, 1.0)  # of sensors
 LARGEST_SPEED = 0.05  # image widths per frame interval that exposure and read-out may smear
 RESIDUAL = 0.6  # pixels that each term of the residual distortion moves a corner, at most
@@ -42,9 +49,10 @@ class WorldConfig:
 
     street, corridor: share of streets; of corridors among the rooms. stairs, clutter, moving: a flight of stairs, more solids
     (gables, ramps, cones, boxes, ellipsoids), a vehicle and a person. textureless, reflective, tiles, contrast: materials of
-    a part of all faces. motion_blur, rolling_shutter, exposure_steps, vignetting, dark, noise: the sensor. distortion: left
-    over by rectification. anisotropic: images of another aspect ratio, squeezed into the network's as the engine does.
-    field_of_view: horizontal, degrees; half of all lenses are usual ones, around 64.
+    a part of all faces. bare: hardly any texture on any face, and few solids; drawn twice as often where the camera circles.
+    motion_blur, rolling_shutter, exposure_steps, vignetting, dark, noise: the sensor. distortion: left over by rectification.
+    anisotropic: images of another aspect ratio, squeezed into the network's as the engine does. field_of_view: horizontal,
+    degrees; half of all lenses are usual ones, around 64.
     """
 
     street: float = 0.4
@@ -56,6 +64,7 @@ class WorldConfig:
     reflective: float = 0.2
     tiles: float = 0.15
     contrast: float = 0.15
+    bare: float = 0.12
     motion_blur: float = 0.35
     rolling_shutter: float = 0.35
     exposure_steps: float = 0.2
@@ -102,6 +111,9 @@ def sample_world(
     outdoor = torch.arange(B, device=r.d) >= B - streets
     path = sample_paths(r, sample_motions(r, B, motion), N, H, W, outdoor)
     path["K"] = sample_lens(r, config, path["K"], H, W)
+    circling = path["motion"] == CIRCLING
+    bare = r.u(B) < config.bare * (1 + circling.float())
+    path |= sample_site(r, path, H)
     parts = []
     for chosen, make in ((slice(0, B - streets), _room), (slice(B - streets, B), _street)):
         if B - streets if make is _room else streets:
@@ -109,9 +121,11 @@ def sample_world(
     scene = {k: torch.cat([part[k] for part in parts]) for k in ("prim", "mat", "light")}
     prim = scene["prim"][:, 0]
     floor = prim[:, 0, 10] + prim[:, 0, 13]
+    thin(r, prim, bare, outdoor)
     add_stairs(r, config, path, prim, floor)
-    add_clutter(r, config, path, prim, floor, H, W)
-    scene["mat"] = change_materials(r, config, families, scene["mat"])
+    add_clutter(r, config, path, prim, floor, bare, H, W)
+    add_target(r, path, prim, floor, outdoor)
+    scene["mat"] = change_materials(r, config, families, scene["mat"], bare)
     scene["prim"] = add_movers(r, config, path, prim, floor, outdoor, H, W)
     scene["cam"] = sample_shutter(r, config, path, H, W)
     return scene | dict(R=path["R"], t=path["t"], K=path["K"], motion=path["motion"], outdoor=outdoor)
@@ -126,6 +140,24 @@ def sample_lens(r: Rng, config: WorldConfig, K: Tensor, H: int, W: int) -> Tenso
     aspect = torch.tensor(ASPECTS, device=r.d)[r.i(len(ASPECTS), B)]
     squeeze = torch.where(r.b(config.anisotropic, B), aspect * H / W, 1.0)
     return torch.cat([torch.stack([fx, fx * squeeze * (1 + 0.005 * r.n(B))], -1), K[:, 2:]], -1)
+
+
+def sample_site(r: Rng, path: dict[str, Tensor], H: int) -> dict[str, Tensor]:
+    """What a circling camera asks of its place: half sizes (B, 3) of the solid around the target, which fills 10 to 60 % of
+    the view's height and stays clear of the cameras; the floor's height (B,) at its foot, NaN for the other motions; and points
+    held (B, N + 2, 3) that the place surrounds: the cameras and the solid.
+    """
+    t, target, fy = path["t"], path["target"], path["K"][:, 1]
+    B, circling = len(t), path["motion"] == CIRCLING
+    away = t - target[:, None]
+    tall = r.lu(B, lo=0.1, hi=0.6) * H / 2 / fy * away.norm(dim=-1).mean(1)
+    widest = 0.4 * away[..., ::2].norm(dim=-1).amin(1)  # a box's edge is then at 0.57 of the nearest camera's distance
+    broad = torch.minimum(tall[:, None] * r.lu(B, 2, lo=0.4, hi=2.0), widest[:, None])
+    floor = torch.maximum(target[:, 1] + tall, t[..., 1].amax(1) + r.lu(B, lo=0.15, hi=0.6))
+    reach = 1.5 * broad.amax(1, keepdim=True) * circling[:, None] * torch.tensor([1.0, 0.0, 1.0], device=r.d)
+    held = torch.cat([t, torch.stack([target - reach, target + reach], 1)], 1)
+    size = torch.stack([broad[:, 0], tall, broad[:, 1]], -1)
+    return dict(size=size, floor=torch.where(circling, floor, torch.nan), held=held)
 
 
 def sample_shutter(r: Rng, config: WorldConfig, path: dict[str, Tensor], H: int, W: int) -> Tensor:
@@ -155,7 +187,9 @@ def sample_shutter(r: Rng, config: WorldConfig, path: dict[str, Tensor], H: int,
 def _room(r: Rng, config: WorldConfig, families: Tensor, path: dict[str, Tensor], H: int, W: int) -> dict[str, Tensor]:
     cameras = path["R"], path["t"], path["K"], path["motion"]
     B, N = path["t"].shape[:2]
-    scene = sample_scene(r, B, N, H, W, len(families), corridors=config.corridor, cameras=cameras)
+    scene = sample_scene(
+        r, B, N, H, W, len(families), corridors=config.corridor, cameras=cameras, held=path["held"], floor=path["floor"]
+    )
     furniture = (scene["prim"][:, 0, :, 16] > 0)[..., None, None]
     others = sample_materials(r, torch.ones_like(scene["prim"][:, 0, :, 12:15]), len(families))
     return scene | dict(mat=torch.where(furniture, scene["mat"], others))
@@ -171,8 +205,8 @@ def _street(
     way = t[:, -1] - t[:, 0] + 0.2 * R[:, 0, :, 2]
     yaw = torch.atan2(way[:, 0], way[:, 2]) + r.b(0.15, B) * math.pi / 2
     Q = eul(yaw, 0 * yaw, 0 * yaw)  # from the street's axes (right, down, along) to the world's
-    p = (Q.transpose(-1, -2)[:, None] @ t[..., None]).squeeze(-1)
-    floor = t[..., 1].amax(1) + r.lu(B, lo=0.3, hi=2.0)
+    p = (Q.transpose(-1, -2)[:, None] @ path["held"][..., None]).squeeze(-1)
+    floor = torch.where(path["floor"].isnan(), t[..., 1].amax(1) + r.lu(B, lo=0.3, hi=2.0), path["floor"])
     first, last = p[..., 2].amin(1), p[..., 2].amax(1)
     walls = torch.stack([p[..., 0].amin(1) - r.lu(B, lo=1.2, hi=9), p[..., 0].amax(1) + r.lu(B, lo=1.2, hi=9)], 1)
     side = torch.tensor([-1.0, 1.0], device=dev)
@@ -247,8 +281,8 @@ def _street(
     q = Q[:, None].expand(B, raycast.P, 3, 3)
     c = (Q[:, None] @ c[..., None]).squeeze(-1)
     there = there & (clearance(q, c, s, t[:, None]) > 0.2)
-    there[:, BOX + 21 : BOX + 24] &= there[:, BOX + 18 : BOX + 21]  # no cabin without a body, no crown without a trunk
-    there[:, ELLIPSOID : ELLIPSOID + 4] &= there[:, CONE : CONE + 4]
+    for above, below, n in UPON:  # no cabin without a body, no crown without a trunk
+        there[:, above : above + n] &= there[:, below : below + n]
     prim = primitives(c, s, q, taper) * there[..., None]
     extent = (r.lu(B, lo=150, hi=500) + last - first)[:, None].expand(B, 3).clone()
     extent[:, 1] = 200
@@ -328,6 +362,56 @@ def _daylight(r: Rng, families: Tensor, centre: Tensor) -> Tensor:
     return F.pad(light, (0, raycast.LS - light.shape[-1]))
 
 
+def remove(prim: Tensor, gone: Tensor, outdoor: Tensor) -> None:
+    """Take solids out of prim (B, P, 20) where gone (B, P), and in streets what stands on them."""
+    for above, below, n in UPON:
+        gone[:, above : above + n] |= outdoor[:, None] & gone[:, below : below + n]
+    prim *= ~gone[..., None]
+
+
+def thin(r: Rng, prim: Tensor, bare: Tensor, outdoor: Tensor) -> None:
+    """Leave at most BARE_SOLIDS of the furniture in prim (B, P, 20) where bare (B,); houses and their roofs stay."""
+    B, P = prim.shape[:2]
+    furniture = prim[..., 16] > 0
+    furniture[:, 0] = False
+    furniture[:, BOX : BOX + 13] &= ~outdoor[:, None]
+    furniture[:, PRISM : PRISM + 6] &= ~outdoor[:, None]
+    order = torch.where(furniture, r.u(B, P), 1.0).argsort(1).argsort(1)
+    few = order < r.i(BARE_SOLIDS + 1, B, 1)
+    remove(prim, furniture & ~few & bare[:, None], outdoor)
+
+
+def hiding(prim: Tensor, t: Tensor, target: Tensor) -> Tensor:
+    """Solids (B, P) in the way to the target (B, 3) from two or more of twelve places along the path t (B, N, 3)."""
+    t = t[:, torch.linspace(0, t.shape[1] - 1, 12, device=t.device).long(), None]
+    way = t + (target[:, None, None] - t) * torch.linspace(0.15, 1.0, 10, device=t.device)[:, None]  # (B, 12, 10, 3)
+    local = prim[..., :9].unflatten(-1, (3, 3)) @ (way.flatten(1, 2)[:, None] - prim[:, :, None, 9:12]).mT
+    inside = (local.abs().amax(2) < 1).unflatten(-1, way.shape[1:3]) & (prim[..., 16] > 0)[..., None, None]
+    inside[:, 0] = False  # the enclosure
+    return inside.any(-1).sum(-1) >= 2
+
+
+def add_target(r: Rng, path: dict[str, Tensor], prim: Tensor, floor: Tensor, outdoor: Tensor) -> None:
+    """The solid that a camera circles into prim (B, P, 20), standing on the floor; what hides it goes."""
+    circling = path["motion"] == CIRCLING
+    hides = torch.zeros_like(prim[..., 0], dtype=torch.bool)
+    hides[circling] = hiding(prim[circling], path["t"][circling], path["target"][circling])
+    remove(prim, hides, outdoor)
+
+    target, size = path["target"], path["size"]
+    B = len(target)
+    top = target[:, 1] - size[:, 1]
+    c, s = target.clone(), size.clone()
+    c[:, 1], s[:, 1] = (floor + top) / 2, (floor - top) / 2
+    yaw = r.u(B, hi=2 * math.pi)
+    kind = r.choice(TARGET_ODDS, B)
+    slender = torch.stack([torch.zeros(B, device=r.d), r.u(B, lo=0.6, hi=1.0), r.u(B, hi=1.0) * r.b(0.6, B)], -1)
+    row = primitives(c, s, eul(yaw, 0 * yaw, 0 * yaw), slender.gather(1, kind[:, None])[:, 0])
+    there = circling & r.b(TARGET_SHARE, B)
+    for number, slot in enumerate(TARGETS):
+        prim[:, slot] = torch.where((there & (kind == number))[:, None], row, prim[:, slot])
+
+
 def add_stairs(r: Rng, config: WorldConfig, path: dict[str, Tensor], prim: Tensor, floor: Tensor) -> None:
     """A flight of eight steps and a landing into prim (B, P, 20), under who climbs it or somewhere ahead of the others."""
     t, run, rise = path["t"], path["run"], path["rise"]
@@ -353,9 +437,11 @@ def add_stairs(r: Rng, config: WorldConfig, path: dict[str, Tensor], prim: Tenso
 
 
 def add_clutter(
-    r: Rng, config: WorldConfig, path: dict[str, Tensor], prim: Tensor, floor: Tensor, H: int, W: int
+    r: Rng, config: WorldConfig, path: dict[str, Tensor], prim: Tensor, floor: Tensor, bare: Tensor, H: int, W: int
 ) -> None:
-    """Solids of every kind into what is free of prim (B, P, 20): gables and ramps, cones, a box and an ellipsoid."""
+    """Solids of every kind into what is free of prim (B, P, 20): gables and ramps, cones, a box and an ellipsoid; none
+    where bare (B,).
+    """
     R, t, K = path["R"], path["t"], path["K"]
     slots = torch.tensor((*range(PRISM, PRISM + 6), *SPARE), device=r.d)
     B, n = len(t), len(slots)
@@ -369,7 +455,7 @@ def add_clutter(
     c[..., 1] = torch.where(on_floor, floor[:, None] - s[..., 1], c[..., 1])
     tilt = 0.7 * (~on_floor)
     q = eul(r.u(B, n, hi=2 * math.pi), tilt * r.n(B, n), tilt * r.n(B, n))
-    there = r.b(0.7, B, n) & r.b(config.clutter, B, 1) & (clearance(q, c, s, t[:, None]) > 0.15)
+    there = r.b(0.7, B, n) & r.b(config.clutter, B, 1) & ~bare[:, None] & (clearance(q, c, s, t[:, None]) > 0.15)
     taper = torch.where(slots < PRISM, 0.0, r.u(B, n, lo=0.2, hi=1.0))
     taper = torch.where((slots >= ELLIPSOID) & (slots < CONE), 0.0, taper)
     rows = primitives(c, s, q, taper)
@@ -432,8 +518,11 @@ def moving(index: Tensor) -> Tensor:
     return torch.stack([index == solid for solid in MOVERS]).any(0)
 
 
-def change_materials(r: Rng, config: WorldConfig, families: Tensor, mat: Tensor) -> Tensor:
-    """mat (B, P, 6, 16) with textureless, reflective, tiled and high-contrast faces, in some sequences."""
+def change_materials(r: Rng, config: WorldConfig, families: Tensor, mat: Tensor, bare: Tensor) -> Tensor:
+    """mat (B, P, 6, 16) with textureless, reflective, tiled and high-contrast faces, in some sequences.
+
+    bare (B,): where each solid has one plain colour (the enclosure: each of its faces), and a third of them gloss.
+    """
     B, P = mat.shape[:2]
 
     def some(odds: float) -> Tensor:
@@ -453,7 +542,11 @@ def change_materials(r: Rng, config: WorldConfig, families: Tensor, mat: Tensor)
     gain, bias = torch.where(yes, 0.03 * gain, gain), torch.where(yes, bias + 0.485 * gain, bias)
     yes = some(config.reflective)
     shine = r.u(B, P, 1, 2, lo=0.1, hi=0.8)
+    yes = yes | bare.view(B, 1, 1, 1) & r.b(0.33, B, P, 1, 1)
     shine = torch.where(yes, shine, mat[..., 12:14])
+    n = int(bare.sum())
+    gain[bare], bias[bare] = BARE_CONTRAST * r.u(n, P, 1, 1), _color(r, n, P, 1)
+    bias[bare, 0] = _color(r, n, 6)
     return torch.cat([head, mat[..., 2:4], turn, gain, bias, shine, mat[..., 14:]], -1)
 
 
