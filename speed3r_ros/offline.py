@@ -26,12 +26,12 @@ from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.backbones.blocks import PATCH, SIDE
 from speed3r_ros.model.backbones.heads import Heads
 from speed3r_ros.model.backbones.pi3 import Pi3X
-from speed3r_ros.model.backbones.registry import load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.backbones.vggt import Vggt
 from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.engine import select_device, unusable
 from speed3r_ros.model.strategies import strategy_for
+from speed3r_ros.model.streaming import load_trained
 from speed3r_ros.model.types import Estimate, Tracking, resize_intrinsics
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly
@@ -138,15 +138,12 @@ def read_views(source: Source, options: Options, step: int) -> Views:
 def load_model(engine: EngineConfig) -> tuple[nn.Module, torch.device, torch.dtype | str]:
     """The backbone on its device in its precision, and both.
 
-    ValueError with one line about weights, device, or an attention that this backbone cannot run.
+    ValueError with one line about the device, or weights that are missing, foreign, or not for this attention.
     """
     device, dtype = select_device(engine)
     if engine.threads:
         torch.set_num_threads(engine.threads)
-    model = load_backbone(engine.model, engine.weights or None).to(device).precision(dtype)
-    # One blank patch or block, so that a model refuses what it cannot run before the recording is read.
-    model.trunk(torch.zeros(1, 1, 3, *2 * [step_of(engine.strategy)]), attention=engine.strategy)
-    return model, device, dtype
+    return load_trained(engine).to(device).precision(dtype), device, dtype
 
 
 def step_of(attention: str) -> int:

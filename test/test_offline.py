@@ -194,8 +194,11 @@ def test_attention_and_precision_are_the_chosen_ones(
         ("pi3", ["--max-frames", 1], "1 of 7 frames can be used; at least 2 are needed"),
         ("pi3", ["--pixels", 100], "--pixels 100: the smallest image that this attention takes has 196"),
         ("speed3r-pi3", ["--pixels", 3000], "--pixels 3000: the smallest image that this attention takes has 3136"),
-        ("streamvggt", ["--set", "engine.attention=spark3r"], "attention 'spark3r' works where all frames see all"),
-        ("pi3", ["--set", "engine.attention=lite3r"], "the network has no trained linear branch"),
+        (
+            "pi3",
+            ["--set", "engine.attention=lite3r"],
+            "pi3.safetensors' have no linear branch; give engine.weights of a",
+        ),
         ("pi3", ["--set", "engine.precision=fp8"], "engine.precision = 'fp8': device 'cpu' has no FP8 units"),
     ],
 )
@@ -217,6 +220,10 @@ def test_what_cannot_work_is_named(speed3r, images, tmp_path, capsys, name, more
         ),
         (["--offline", "--model", "pi3", "--set", "engine.precision=int8"], "only compact runs in it"),
         (["--model", "pi3", "--set", "engine.attention=lite3r"], "works on whole sequences"),
+        (
+            ["--offline", "--model", "streamvggt", "--set", "engine.attention=spark3r"],
+            "engine.attention = 'spark3r' works where all frames see all, and of streamvggt a frame sees only earlier",
+        ),
         (["--views", "5"], "--views: goes with --offline only"),
     ],
 )
@@ -264,14 +271,14 @@ def test_too_little_memory_gives_advice_and_leaves_nothing(speed3r, images, tmp_
 
 @pytest.mark.parametrize("field", ["fc_t", "fc_rot"])
 def test_numbers_that_are_none_are_refused(speed3r, images, tmp_path, capsys, monkeypatch, field):
-    load = registry.load_backbone
+    load = offline.load_trained
 
-    def spoilt(*args):
-        model = load(*args)
+    def spoilt(engine):
+        model = load(engine)
         torch.nn.init.constant_(getattr(model.camera_head, field).weight, torch.nan)
         return model
 
-    monkeypatch.setattr(offline, "load_backbone", spoilt)
+    monkeypatch.setattr(offline, "load_trained", spoilt)
     assert speed3r(images, tmp_path / "out", *LIMITS) == 1
     assert "the network's pose of a view is not finite" in capsys.readouterr().err.splitlines()[-1]
     assert os.listdir(tmp_path) == []
