@@ -170,7 +170,9 @@ def layers_shown(model: nn.Module) -> Iterator[None]:
 
 def run_trunk(model: nn.Module, views: Views, attention: str, top_k: int) -> Heads:
     """All of the network but its heads; images stay on the host, from where chunks of them go to the GPU."""
-    images = torch.from_numpy(np.stack(views.images)).movedim(-1, 1)[None].float() / 255
+    images = torch.empty(1, len(views.images), 3, *views.size)
+    for view, image in zip(images[0], views.images):  # one by one: no second copy of all
+        torch.div(torch.from_numpy(image).movedim(-1, 0), 255, out=view)
     given = {}
     if isinstance(model, Pi3X):
         known = torch.tensor([[K is not None for K in views.K]])
@@ -231,7 +233,10 @@ def advised(of_what: str) -> Iterator[None]:
     """Turn a lack of memory into ValueError with one line of advice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not on_host and not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(
             f"out of memory with {of_what}: use fewer views (--views), smaller images (--pixels) or "
             "--set engine.attention=spark3r"

@@ -250,12 +250,14 @@ def test_a_folder_that_cannot_be_written_is_named(speed3r, images, tmp_path, cap
     assert str(tmp_path / "file") in one_error(capsys)
 
 
-@pytest.mark.parametrize("when", ["load", "trunk", "heads"])
+@pytest.mark.parametrize("when", ["load", "trunk", "heads", "heads on the CPU"])
 def test_too_little_memory_gives_advice_and_leaves_nothing(speed3r, images, tmp_path, capsys, monkeypatch, when):
     def fail(*_, **__):
+        if when.endswith("CPU"):
+            torch.empty(2**50)  # a PiB, which torch's allocator refuses in its own words
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.\nAnd more lines.")
 
-    if when == "heads":
+    if when.startswith("heads"):
         monkeypatch.setattr(Heads, "parts", fail)
     else:
         monkeypatch.setattr(offline, {"load": "load_model", "trunk": "run_trunk"}[when], fail)
