@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from speed3r_ros.model.streaming import load_trained
 from speed3r_ros.model.types import Estimate, Tracking, resize_intrinsics
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly
-from speed3r_ros.sources import Source
+from speed3r_ros.sources import Source, warn
 
 NOT_FINITE = "the network's {} of a view is not finite; try --set engine.precision=fp32, or fetch the weights again"
 USED = ("engine.model", "engine.weights", "engine.device", "engine.threads", "engine.top_k", "depth.", "map.", "scale.")
@@ -100,7 +99,9 @@ def read_views(source: Source, options: Options, step: int) -> Views:
     items = (item for number, item in enumerate(islice(source, max(chosen, default=0) + 1)) if number in chosen)
     views, told = Views([], [], [], 1.0, Counter()), set()
     shape = size = None
+    unread = len(chosen)
     for stamp_ns, image, camera in tqdm(items, desc="reading", total=len(chosen), unit="frame"):
+        unread -= 1
         K = None
         if camera is not None:
             try:
@@ -108,7 +109,7 @@ def read_views(source: Source, options: Options, step: int) -> Views:
             except ValueError as error:
                 if str(error) not in told:
                     told.add(str(error))
-                    tqdm.write(f"warning: {error}; intrinsics count as unknown", file=sys.stderr)
+                    warn(f"{error}; intrinsics count as unknown")
         if shape is None:
             shape, size = image.shape[:2], working_size(*image.shape[:2], options.pixels, step)
             views.aspect = shape[1] / shape[0]
@@ -126,11 +127,13 @@ def read_views(source: Source, options: Options, step: int) -> Views:
         views.stamps_ns.append(stamp_ns)
         views.images.append(image)
         views.K.append(None if K is None else resize_intrinsics(K, shape, size))
+    if unread:
+        views.lost["not readable"] = unread
     if len(views.images) < 2:
         why = "".join(f", {count}: {reason}" for reason, count in views.lost.items())
         raise ValueError(
             f"{len(views.images)} of {len(source)} frames can be used{why}; at least 2 are needed: "
-            "check the input, --stride and --max-frames"
+            "check the input, --views, --stride and --max-frames"
         )
     return views
 

@@ -290,11 +290,13 @@ def test_frames_that_do_not_fit_are_left_out(speed3r, images, tmp_path, capsys):
     folder = tmp_path / "mixed"
     shutil.copytree(images, folder)
     assert cv2.imwrite(str(folder / "rgb" / "2.png"), np.full((20, 30, 3), 90, np.uint8))
+    (folder / "rgb" / "3.png").write_bytes(b"text")
     rows = (folder / "rgb.txt").read_text().splitlines()
     (folder / "rgb.txt").write_text("\n".join([*rows, rows[-1]]) + "\n")
     assert speed3r(folder, tmp_path / "out", *LIMITS) == 0
     said = capsys.readouterr()
-    assert f"views      5 of {COUNT + 1} frames" in said.out
+    assert f"views      4 of {COUNT + 1} frames" in said.out and f"frames     4 of {COUNT + 1} have a pose" in said.out
+    assert "1: not readable" in said.out and f"\rwarning: {folder / 'rgb' / '3.png'}: not a readable image" in said.err
     assert f"1: not {WIDTH} x {HEIGHT} pixels as the first" in said.out and "1: the stamp repeats" in said.out
     assert f"camera_info is for {WIDTH} x {HEIGHT} pixels, the image has 30 x 20" in said.err
 
