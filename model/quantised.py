@@ -99,7 +99,7 @@ class WideBlock(nn.Module):
 def wide_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """What FP8 rounds in a model, in inference and in training alike: its blocks' linear layers to qkv and of the MLP.
 
-    Each comes with the module that holds it and its name there. Not those under `model.full_precision`, names of modules.
+    Each comes with the module that holds it and its name there. Names that begin with one of `model.full_precision` are left out.
     FP8 pays for these; the square projection after attention is slower so (docs/benchmarks.md).
     """
     found = []

@@ -488,8 +488,8 @@ class DinoV2(nn.Module):
 class MultiView(nn.Module):
     """A model of several views: `trunk` is all but its heads, `forward` the whole; the rest is what streaming it needs to know.
 
-    attention: what it was trained with. specials: tokens per view before the patches. full_precision: names of its heads, and
-    of what reads conditions: modules that stay in float32, with TF32 beside 16 bits.
+    attention: what it was trained with. specials: tokens per view before the patches. full_precision: how the names of modules
+    begin that stay in float32, its heads and what reads conditions.
     """
 
     attention: ClassVar[str] = "dense"
@@ -507,8 +507,10 @@ class MultiView(nn.Module):
         raise NotImplementedError
 
     def precision(self, dtype: torch.dtype | str) -> MultiView:
-        """Run the matrix products in `dtype` from now on, but those of `full_precision`: see `set_precision`. Residual streams
-        stay float32."""
+        """Run matrix products in `dtype` from now on, but those of `full_precision`; residual streams stay float32.
+
+        ValueError: see `quantised.check_precision`. Returns itself.
+        """
         set_precision(self, dtype)
         return self
 
