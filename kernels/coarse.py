@@ -28,6 +28,7 @@ from speed3r_ros.kernels.frames import (
     touched,
     triton,
 )
+from speed3r_ros.kernels.qkv import differentiated
 
 WORKSPACE = 2**32  # bytes at most for the maxima; more heads than that take turns
 
@@ -427,5 +428,13 @@ def coarse_attention(
     K = min(top_k, N * G): block numbers (frame * G + block) in rising order, then -1 where fewer are visible. Of equal
     scores the lower number wins. The choice has no gradient. Raises ValueError on shapes that do not fit.
     """
-    run = CoarseAttention.apply if on_kernels(q) else coarse_attention_reference
-    return run(q, k, v, coarse, fine, top_k, group)
+    if on_kernels(q):
+        return CoarseAttention.apply(q, k, v, coarse, fine, top_k, group)
+    frames, _, _ = check(q, k, v, coarse, fine, top_k)
+    if frames == 1 or differentiated(q, k, v):
+        return coarse_attention_reference(q, k, v, coarse, fine, top_k, group)
+    parts = [  # a frame's queries at a time: all scores of many frames would not fit
+        coarse_attention_reference(x, k, v, *(Visible(y.table[:, t : t + 1]) for y in (coarse, fine)), top_k, group)
+        for t, x in enumerate(q.chunk(frames, 2))
+    ]
+    return tuple(torch.cat(part, 2) for part in zip(*parts))

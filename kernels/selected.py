@@ -833,7 +833,7 @@ def selected_attention(
     """
     if begun is not None or on_kernels(q):
         return SelectedAttention.apply(q, k, v, index, compressed, gate, fine, specials, group, shown, begun)
-    if shown is None and on_gathered(q, fine):
-        check(q, k, index, compressed, gate, fine, specials, group, None)
-        return selected_attention_gathered(q, k, v, index, compressed, gate, fine, specials, group)
+    if on_gathered(q, fine):
+        check(q, k, index, compressed, gate, fine, specials, group, shown)
+        return selected_attention_gathered(q, k, v, index, compressed, gate, fine, specials, group, shown)
     return selected_attention_reference(q, k, v, index, compressed, gate, fine, specials, group, shown)

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -136,8 +137,12 @@ class Dense(Strategy):
         length = q.fine.shape[2] // fine.table.shape[1]
         if on_kernels(q.fine):
             return frame_attention(*(x.fine.unflatten(2, (-1, length)) for x in (q, k, v)), fine)[0].flatten(2, 3)
-        mask = fine.table.repeat_interleave(length, 1).repeat_interleave(length, 2).unsqueeze(1)
-        return F.scaled_dot_product_attention(q.fine, k.fine, v.fine, attn_mask=mask)
+        masks = fine.table.repeat_interleave(length, 2)[:, :, None, None].unbind(1)
+        parts = [  # a frame's queries at a time, which share a row of the mask: whole, it would have all pairs of tokens
+            F.scaled_dot_product_attention(x, k.fine, v.fine, attn_mask=mask)
+            for x, mask in zip(q.fine.split(length, 2), masks)
+        ]
+        return torch.cat(parts, 2)
 
 
 class Speed3R(Strategy):

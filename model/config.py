@@ -128,11 +128,16 @@ class EngineConfig:
                 f"{prefix}attention = 'lite3r': of backbones, it works on whole sequences; use speed3r, spark3r or dense, or "
                 f"{prefix}streaming = windowed"
             )
+        if self.strategy == "spark3r" and self.model == "streamvggt" and self.streaming == "windowed":
+            raise ValueError(
+                f"{prefix}attention = 'spark3r' works where all frames see all, and of streamvggt a frame sees only earlier "
+                f"ones; use dense or speed3r, or stream with {prefix}streaming = incremental"
+            )
         if self.model == "compact":
             return  # its sizes are those of its weights
         if self.precision == "int8":
             raise ValueError(f"{prefix}precision = 'int8': only compact runs in it; use auto, fp8, bf16 or fp32")
-        step = 56 if self.strategy == "speed3r" else 14
+        step = 56 if self.strategy in ("speed3r", "lite3r") else 14
         for name in ("height", "width"):
             if (side := getattr(self, name)) % step:
                 near = max(1, round(side / step)) * step

@@ -107,6 +107,16 @@ def attend_to_best(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
     return torch.cat(parts, 2)
 
 
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """What has the projection: the attention of each block across views, in the compact network the block itself."""
+    return [getattr(block, "attn", block) for block in model.across_views]
+
+
+def has_linear_branch(model: nn.Module) -> bool:
+    """Whether a network of several views has the projections that Lite3R needs."""
+    return all(getattr(layer, "proj_lin", None) is not None for layer in _layers(model))
+
+
 def add_linear_branch(model: nn.Module) -> list[nn.Parameter]:
     """Give each block across views its projection, normal with deviation 1e-3; returns the new parameters.
 
@@ -114,7 +124,7 @@ def add_linear_branch(model: nn.Module) -> list[nn.Parameter]:
     """
     if not hasattr(model, "across_views"):
         raise ValueError(f"attention 'lite3r': {type(model).__name__} has no blocks across views that can take it")
-    layers = [getattr(block, "attn", block) for block in model.across_views]
+    layers = _layers(model)
     for layer in layers:
         weight = layer.proj.weight
         width = len(weight) // layer.heads

@@ -24,7 +24,7 @@ from speed3r_ros.kernels.qkv import BLOCK, Slot, normalise_and_rotate, prepare_t
 from speed3r_ros.kernels.residual import add_norm
 from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.memory import Memory, Sight
-from speed3r_ros.model.quantised import Fp8Linear, Int8Linear, check_precision, store_in_fp8
+from speed3r_ros.model.quantised import Fp8Linear, Int8Linear, WideBlock, check_precision, set_precision
 from speed3r_ros.model.strategies import strategy_for
 
 NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
@@ -122,7 +122,7 @@ def linear_gelu(layer: nn.Linear | Int8Linear | Fp8Linear, h: Tensor) -> Tensor:
     return out.unflatten(0, h.shape[:-1])
 
 
-class Block(nn.Module):
+class Block(WideBlock):
     """Pre-norm transformer block with attention inside each frame; residual stream in float32.
 
     Its input and output are sums of a residual and a branch that are still to be added (no branch: None), because the next
@@ -204,6 +204,7 @@ class Network(nn.Module):
     """See the module's text. `forward` is the parallel form, `step` the recurrent one."""
 
     capturable = True  # see `streaming.StreamingNetwork`
+    full_precision = ("point_conv3", "camera_fc1", "camera_fc2")  # see `set_precision`
 
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
@@ -305,20 +306,14 @@ class Network(nn.Module):
         For inference only: torch.int8 (CPU) is for the blocks' linear layers, the rest is float32 then; "fp8" (GPU) for their
         `wide_layers`, the rest is bfloat16 then. ValueError: see `check_precision`.
         """
-        check_precision(self, dtype)
-        if dtype == "fp8":
-            for block in [m for m in self.modules() if isinstance(m, Block)]:
-                store_in_fp8(block)
-            dtype = torch.bfloat16
         if dtype == torch.int8:
+            check_precision(self, dtype)
             for block in (m for m in self.modules() if isinstance(m, Block)):
                 for name in ("qkv", "proj", "fc1", "fc2"):
                     if isinstance(layer := getattr(block, name), nn.Linear):
                         setattr(block, name, Int8Linear(layer))
             return self
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in ("point_conv3", "camera_fc1", "camera_fc2"):
-                module.to(dtype)
+        set_precision(self, dtype)
         return self
 
     @property

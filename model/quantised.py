@@ -1,4 +1,7 @@
-"""Linear layers in 8 bits, for inference: integers for CPUs that have no bf16, FP8 for GPUs that multiply it."""
+"""The precision of matrix products: which layers run in which type, and linear layers in 8 bits.
+
+These are integers for CPUs that have no bf16, FP8 for GPUs that multiply it.
+"""
 
 from __future__ import annotations
 
@@ -89,28 +92,45 @@ class Fp8TrainingLinear(nn.Linear):
         return fp8.fp8_linear_straight_through(x, self.weight, self.bias)
 
 
-def wide_layers(block: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """A block's linear layers to qkv and of the MLP, each with the module that holds it and its name there.
+class WideBlock(nn.Module):
+    """A transformer block: FP8 rounds its wide layers, unless it is part of what its model keeps in full precision."""
 
+
+def wide_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """What FP8 rounds in a model, in inference and in training alike: its blocks' linear layers to qkv and of the MLP.
+
+    Each comes with the module that holds it and its name there. Names that begin with one of `model.full_precision` are left out.
     FP8 pays for these; the square projection after attention is slower so (docs/benchmarks.md).
     """
     found = []
-    for path, layer in block.named_modules():
-        if type(layer) is nn.Linear and not path.removeprefix("attn.").startswith(("gate", "proj")):
-            holder, _, name = path.rpartition(".")
-            found.append((block.get_submodule(holder), name, layer))
+    for prefix, block in model.named_modules():
+        if not isinstance(block, WideBlock) or prefix.startswith(model.full_precision):
+            continue
+        for path, layer in block.named_modules():
+            if type(layer) is nn.Linear and not path.removeprefix("attn.").startswith(("gate", "proj")):
+                holder, _, name = path.rpartition(".")
+                found.append((block.get_submodule(holder), name, layer))
     return found
 
 
-def store_in_fp8(block: nn.Module) -> None:
-    """Put a block's `wide_layers` into FP8, for inference."""
-    for holder, name, layer in wide_layers(block):
-        setattr(holder, name, Fp8Linear(layer))
+def set_precision(model: nn.Module, dtype: torch.dtype | str) -> None:
+    """Store the weights of linear and convolutional layers as `dtype`, but for those under `model.full_precision`.
+
+    "fp8": bfloat16, but the `wide_layers` in E4M3, for inference (Lite3R, section 3). ValueError: see `check_precision`.
+    """
+    check_precision(model, dtype)
+    if dtype == "fp8":
+        for holder, name, layer in wide_layers(model):  # from the weights as they are
+            setattr(holder, name, Fp8Linear(layer))
+        dtype = torch.bfloat16
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(model.full_precision):
+            module.to(dtype)
 
 
-def train_in_fp8(model: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
-    """Let the `wide_layers` of blocks of these types round as `store_in_fp8` does; returns how many there are."""
-    layers = [found for block in model.modules() if isinstance(block, blocks) for found in wide_layers(block)]
+def train_in_fp8(model: nn.Module) -> int:
+    """Let the `wide_layers` round as `set_precision` to "fp8" does, for training; returns how many there are."""
+    layers = wide_layers(model)
     for holder, name, layer in layers:
         setattr(holder, name, Fp8TrainingLinear(layer))
     return len(layers)

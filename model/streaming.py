@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speed3r_ros.model import weights
 from speed3r_ros.model.backbones.incremental import Incremental
 from speed3r_ros.model.backbones.registry import load_backbone
 from speed3r_ros.model.backbones.windowed import Windowed
 from speed3r_ros.model.config import EngineConfig
+from speed3r_ros.model.lite3r import has_linear_branch
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Prediction
 
@@ -47,22 +48,31 @@ class StreamingNetwork(Protocol):
         """
 
 
-def load_network(config: EngineConfig) -> StreamingNetwork:
-    """The network of these settings with its weights, float32 on the CPU.
+def load_trained(config: EngineConfig) -> nn.Module:
+    """The compact network or the backbone of these settings, by itself, with its weights, float32 on the CPU.
 
-    ValueError with one line for weights that are missing or foreign, or lack what the attention needs, and for a size that
-    they do not run at.
+    ValueError with one line for weights that are missing or foreign, or lack what the attention needs.
     """
+    if config.model == "compact":
+        model = weights.load(config.weights or "compact")
+    else:
+        model = load_backbone(config.model, config.weights or None)
+    if config.strategy == "lite3r" and not has_linear_branch(model):
+        raise ValueError(
+            f"engine.attention = 'lite3r': the weights {config.weights or config.model!r} have no linear branch; "
+            "give engine.weights of a lite3r training, or use another attention"
+        )
+    return model
+
+
+def load_network(config: EngineConfig) -> StreamingNetwork:
+    """The network of these settings as the engine drives it. ValueError: see `load_trained`, and for a size that it does not
+    run at."""
+    network = load_trained(config)
     if config.model != "compact":
         size = config.height or BACKBONE_SIZE[0], config.width or BACKBONE_SIZE[1]
-        return ADAPTERS[config.streaming](load_backbone(config.model, config.weights or None), size)
-    network = weights.load(config.weights or "compact")
+        return ADAPTERS[config.streaming](network, size)
     for name, asked, fixed in zip(("height", "width"), (config.height, config.width), network.input_size):
         if asked not in (0, fixed):
             raise ValueError(f"engine.{name} = {asked}: these weights of compact run at {fixed}; give that or 0")
-    if config.strategy == "lite3r" and network.global_blocks[0].proj_lin is None:
-        raise ValueError(
-            f"engine.attention = 'lite3r': the weights {config.weights or 'compact'!r} have no linear branch; "
-            "give engine.weights of a lite3r training, or use speed3r"
-        )
     return network

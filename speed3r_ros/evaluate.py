@@ -38,7 +38,7 @@ from speed3r_ros.mapping.metrics import (
 from speed3r_ros.mapping.odometry import USUAL_FOV
 from speed3r_ros.mapping.trajectory import Trajectory, associate
 from speed3r_ros.model.types import Estimate, resize_intrinsics
-from speed3r_ros.reconstruct import Run, add_settings, check_destination, positive, read_settings
+from speed3r_ros.reconstruct import Run, add_settings, check_destination, load_torch, positive, read_settings
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, versions
 from speed3r_ros.sources import TRUTH_FILES, Source, open_source, truth_file
@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         with ExitStack() as stack:
             paths = [] if options.data == "rendered" else sequences_in(Path(options.data))
+            load_torch()
             folder = stack.enter_context(folder_written_whole(options.out, OUTPUTS)) if options.out else None
             sources = [open_source(path) for path in paths] or rendered(options, config.engine.device)
             found = evaluate_all(sources, config, known, options.stride, options.frames, folder)

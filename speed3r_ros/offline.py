@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,16 +25,16 @@ from speed3r_ros.mapping.trajectory import Trajectory
 from speed3r_ros.model.backbones.blocks import PATCH, SIDE
 from speed3r_ros.model.backbones.heads import Heads
 from speed3r_ros.model.backbones.pi3 import Pi3X
-from speed3r_ros.model.backbones.registry import load_backbone
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.backbones.vggt import Vggt
 from speed3r_ros.model.config import EngineConfig
 from speed3r_ros.model.engine import select_device, unusable
 from speed3r_ros.model.strategies import strategy_for
+from speed3r_ros.model.streaming import load_trained
 from speed3r_ros.model.types import Estimate, Tracking, resize_intrinsics
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly
-from speed3r_ros.sources import Source
+from speed3r_ros.sources import Source, warn
 
 NOT_FINITE = "the network's {} of a view is not finite; try --set engine.precision=fp32, or fetch the weights again"
 USED = ("engine.model", "engine.weights", "engine.device", "engine.threads", "engine.top_k", "depth.", "map.", "scale.")
@@ -100,7 +99,9 @@ def read_views(source: Source, options: Options, step: int) -> Views:
     items = (item for number, item in enumerate(islice(source, max(chosen, default=0) + 1)) if number in chosen)
     views, told = Views([], [], [], 1.0, Counter()), set()
     shape = size = None
+    unread = len(chosen)
     for stamp_ns, image, camera in tqdm(items, desc="reading", total=len(chosen), unit="frame"):
+        unread -= 1
         K = None
         if camera is not None:
             try:
@@ -108,7 +109,7 @@ def read_views(source: Source, options: Options, step: int) -> Views:
             except ValueError as error:
                 if str(error) not in told:
                     told.add(str(error))
-                    tqdm.write(f"warning: {error}; intrinsics count as unknown", file=sys.stderr)
+                    warn(f"{error}; intrinsics count as unknown")
         if shape is None:
             shape, size = image.shape[:2], working_size(*image.shape[:2], options.pixels, step)
             views.aspect = shape[1] / shape[0]
@@ -126,11 +127,13 @@ def read_views(source: Source, options: Options, step: int) -> Views:
         views.stamps_ns.append(stamp_ns)
         views.images.append(image)
         views.K.append(None if K is None else resize_intrinsics(K, shape, size))
+    if unread:
+        views.lost["not readable"] = unread
     if len(views.images) < 2:
         why = "".join(f", {count}: {reason}" for reason, count in views.lost.items())
         raise ValueError(
             f"{len(views.images)} of {len(source)} frames can be used{why}; at least 2 are needed: "
-            "check the input, --stride and --max-frames"
+            "check the input, --views, --stride and --max-frames"
         )
     return views
 
@@ -138,15 +141,12 @@ def read_views(source: Source, options: Options, step: int) -> Views:
 def load_model(engine: EngineConfig) -> tuple[nn.Module, torch.device, torch.dtype | str]:
     """The backbone on its device in its precision, and both.
 
-    ValueError with one line about weights, device, or an attention that this backbone cannot run.
+    ValueError with one line about the device, or weights that are missing, foreign, or not for this attention.
     """
     device, dtype = select_device(engine)
     if engine.threads:
         torch.set_num_threads(engine.threads)
-    model = load_backbone(engine.model, engine.weights or None).to(device).precision(dtype)
-    # One blank patch or block, so that a model refuses what it cannot run before the recording is read.
-    model.trunk(torch.zeros(1, 1, 3, *2 * [step_of(engine.strategy)]), attention=engine.strategy)
-    return model, device, dtype
+    return load_trained(engine).to(device).precision(dtype), device, dtype
 
 
 def step_of(attention: str) -> int:
@@ -173,7 +173,9 @@ def layers_shown(model: nn.Module) -> Iterator[None]:
 
 def run_trunk(model: nn.Module, views: Views, attention: str, top_k: int) -> Heads:
     """All of the network but its heads; images stay on the host, from where chunks of them go to the GPU."""
-    images = torch.from_numpy(np.stack(views.images)).movedim(-1, 1)[None].float() / 255
+    images = torch.empty(1, len(views.images), 3, *views.size)
+    for view, image in zip(images[0], views.images):  # one by one: no second copy of all
+        torch.div(torch.from_numpy(image).movedim(-1, 0), 255, out=view)
     given = {}
     if isinstance(model, Pi3X):
         known = torch.tensor([[K is not None for K in views.K]])
@@ -234,7 +236,10 @@ def advised(of_what: str) -> Iterator[None]:
     """Turn a lack of memory into ValueError with one line of advice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not on_host and not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(
             f"out of memory with {of_what}: use fewer views (--views), smaller images (--pixels) or "
             "--set engine.attention=spark3r"

@@ -7,6 +7,7 @@ With --offline an official backbone reconstructs all views at once (`offline.py`
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import signal
 import sys
@@ -28,7 +29,7 @@ from speed3r_ros.model.backbones.checkpoints import checkpoint_file
 from speed3r_ros.model.types import Estimate, Frame, Tracking
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, Strip, evenly, summary
-from speed3r_ros.sources import Source, open_source
+from speed3r_ros.sources import Source, open_source, warn
 
 if TYPE_CHECKING:  # importing torch takes seconds: not for --help, nor for a wrong setting
     from speed3r_ros.pipeline import Pipeline
@@ -92,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
         if engine.model != "compact":  # said at once
             checkpoint_file(engine.model, engine.weights or None)
         source = open_source(options.input, options.topic)
+        load_torch()
         with folder_written_whole(options.out, OUTPUTS) as folder:
             if options.offline:
                 from speed3r_ros.offline import Options, reconstruct_offline
@@ -111,6 +113,21 @@ def run(options: argparse.Namespace) -> int:
     print(summary(results))
     print(f"results    {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
     return 0
+
+
+def load_torch() -> None:
+    """Import torch. Signals wait meanwhile: one in the middle of it aborts the process, which then cannot clean up."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        importlib.import_module("torch")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def offline_options(options: argparse.Namespace, config: Config) -> dict[str, object]:
@@ -219,7 +236,7 @@ class Run:
     def _tell(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            warn(text)
 
     def finish(self) -> Results:
         """All results, once the frames are through."""

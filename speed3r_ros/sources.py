@@ -11,6 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from speed3r_ros.camera import Camera
 from speed3r_ros.convert import camera_from_info, image_to_array, stamp_to_ns
@@ -27,8 +28,8 @@ Item = tuple[int, np.ndarray, Camera | None]
 
 
 def warn(text: str) -> None:
-    """One line for the user that does not stop the work."""
-    print(f"warning: {text}", file=sys.stderr)
+    """One line for the user that does not stop the work, beside a progress bar if there is one."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class Source:

@@ -109,6 +109,7 @@ def test_files_of_old_pytorch_load_too(tmp_path, state, kept):
 
 def test_other_files(tmp_path):
     refused(tmp_path, "0 checkpoints .*expected one; do this")
+    refused(tmp_path / "absent", "absent: does not exist; do this")
     torch.save({"model": {}}, tmp_path / "model.pt")
     refused(tmp_path, "not a plain table of tensors")
     torch.save({0: torch.zeros(1)}, tmp_path / "model.pt")

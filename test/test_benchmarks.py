@@ -28,7 +28,7 @@ from speed3r_ros.training.trainer import Trainer
         (
             lambda folder: cv2.imwrite(str(folder / "a.png"), np.zeros((60, 60, 3), np.uint8)),
             ("--size", "56", "56"),
-            "absent.pt: 0 checkpoints",
+            "absent.pt: does not exist",
         ),
     ],
 )

@@ -244,6 +244,14 @@ def test_the_engine_streams_a_backbone_in_windows(family, attention):
             {"attention": "lite3r"},
             "engine.attention = 'lite3r': of backbones, it works on whole sequences; use speed3r, spark3r",
         ),
+        (
+            {"attention": "lite3r", "streaming": "windowed", "height": 70},
+            "engine.height = 70: pi3 with lite3r attention needs a multiple of 56, e.g. 56, or 0",
+        ),
+        (
+            {"model": "streamvggt", "attention": "spark3r", "streaming": "windowed"},
+            "use dense or speed3r, or stream with engine.streaming = incremental",
+        ),
         ({"precision": "int8"}, "engine.precision = 'int8': only compact runs in it; use auto, fp8, bf16 or fp32"),
         ({"model": "da3-mono"}, "choose one of compact, pi3"),
     ],

@@ -7,12 +7,15 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from speed3r_ros.kernels import coarse as coarse_module
 from speed3r_ros.kernels import frames as frames_module
 from speed3r_ros.kernels import selected as selected_module
 from speed3r_ros.kernels.coarse import coarse_attention, coarse_attention_reference
 from speed3r_ros.kernels.frames import Visible, frame_attention, frame_attention_reference
+from speed3r_ros.kernels.gathered import on_gathered
 from speed3r_ros.kernels.selected import selected_attention, selected_attention_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -385,6 +388,46 @@ def test_selected_attention_begun_before_the_choice_is_its_definition(t, n, g, s
     out = selected_attention(*case, begun=begun)
     assert error(out, selected_by_rows(*case)) < TOLERANCE[torch.float32]
     assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("t, n, g, s, top_k, group", [(1, 4, 3, 2, 3, 1), (3, 3, 2, 4, 5, 1), (4, 6, 5, 0, 2, 2)])
+def test_selected_attention_of_copies_is_its_definition(t, n, g, s, top_k, group, share):
+    """What a CPU runs where no gradient is asked for."""
+    case = selected_case(1, t, n, g, s, 16, top_k, group, share=share)
+    case[6].table[0, :, 0] = True  # each frame sees one
+    case = [x.nan_to_num(0, 0, 0) if torch.is_tensor(x) and x.is_floating_point() else x for x in case]
+    case = [
+        x.cpu() if torch.is_tensor(x) else x if isinstance(x, int) or x is None else Visible(x.table.cpu())
+        for x in case
+    ]
+    assert on_gathered(case[0], case[6])
+    assert error(selected_attention(*case), selected_by_rows(*case)) < TOLERANCE[torch.float32]
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that operations make."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+@torch.no_grad()
+def test_memory_on_a_cpu_grows_no_faster_than_the_frames():
+    largest = {}
+    for frames in (8, 16):
+        q, k, v = torch.randn(3, 1, 2, frames * (1 + 16 * 6), 16)
+        pooled, every = torch.randn(3, 1, 2, frames * 6, 16), Visible(torch.ones(1, frames, frames, dtype=torch.bool))
+        with Largest() as seen:
+            compressed, index = coarse_attention(*pooled, every, every, 4)
+            selected_attention(q, k, v, index, compressed, torch.rand(*q.shape[:3], 2), every, 1)
+        largest[frames] = seen.elements
+    assert largest[16] <= 2 * largest[8]
 
 
 @needs_kernels

@@ -194,8 +194,11 @@ def test_attention_and_precision_are_the_chosen_ones(
         ("pi3", ["--max-frames", 1], "1 of 7 frames can be used; at least 2 are needed"),
         ("pi3", ["--pixels", 100], "--pixels 100: the smallest image that this attention takes has 196"),
         ("speed3r-pi3", ["--pixels", 3000], "--pixels 3000: the smallest image that this attention takes has 3136"),
-        ("streamvggt", ["--set", "engine.attention=spark3r"], "attention 'spark3r' works where all frames see all"),
-        ("pi3", ["--set", "engine.attention=lite3r"], "the network has no trained linear branch"),
+        (
+            "pi3",
+            ["--set", "engine.attention=lite3r"],
+            "pi3.safetensors' have no linear branch; give engine.weights of a",
+        ),
         ("pi3", ["--set", "engine.precision=fp8"], "engine.precision = 'fp8': device 'cpu' has no FP8 units"),
     ],
 )
@@ -217,6 +220,10 @@ def test_what_cannot_work_is_named(speed3r, images, tmp_path, capsys, name, more
         ),
         (["--offline", "--model", "pi3", "--set", "engine.precision=int8"], "only compact runs in it"),
         (["--model", "pi3", "--set", "engine.attention=lite3r"], "works on whole sequences"),
+        (
+            ["--offline", "--model", "streamvggt", "--set", "engine.attention=spark3r"],
+            "engine.attention = 'spark3r' works where all frames see all, and of streamvggt a frame sees only earlier",
+        ),
         (["--views", "5"], "--views: goes with --offline only"),
     ],
 )
@@ -243,12 +250,14 @@ def test_a_folder_that_cannot_be_written_is_named(speed3r, images, tmp_path, cap
     assert str(tmp_path / "file") in one_error(capsys)
 
 
-@pytest.mark.parametrize("when", ["load", "trunk", "heads"])
+@pytest.mark.parametrize("when", ["load", "trunk", "heads", "heads on the CPU"])
 def test_too_little_memory_gives_advice_and_leaves_nothing(speed3r, images, tmp_path, capsys, monkeypatch, when):
     def fail(*_, **__):
+        if when.endswith("CPU"):
+            torch.empty(2**50)  # a PiB, which torch's allocator refuses in its own words
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.\nAnd more lines.")
 
-    if when == "heads":
+    if when.startswith("heads"):
         monkeypatch.setattr(Heads, "parts", fail)
     else:
         monkeypatch.setattr(offline, {"load": "load_model", "trunk": "run_trunk"}[when], fail)
@@ -264,14 +273,14 @@ def test_too_little_memory_gives_advice_and_leaves_nothing(speed3r, images, tmp_
 
 @pytest.mark.parametrize("field", ["fc_t", "fc_rot"])
 def test_numbers_that_are_none_are_refused(speed3r, images, tmp_path, capsys, monkeypatch, field):
-    load = registry.load_backbone
+    load = offline.load_trained
 
-    def spoilt(*args):
-        model = load(*args)
+    def spoilt(engine):
+        model = load(engine)
         torch.nn.init.constant_(getattr(model.camera_head, field).weight, torch.nan)
         return model
 
-    monkeypatch.setattr(offline, "load_backbone", spoilt)
+    monkeypatch.setattr(offline, "load_trained", spoilt)
     assert speed3r(images, tmp_path / "out", *LIMITS) == 1
     assert "the network's pose of a view is not finite" in capsys.readouterr().err.splitlines()[-1]
     assert os.listdir(tmp_path) == []
@@ -281,11 +290,13 @@ def test_frames_that_do_not_fit_are_left_out(speed3r, images, tmp_path, capsys):
     folder = tmp_path / "mixed"
     shutil.copytree(images, folder)
     assert cv2.imwrite(str(folder / "rgb" / "2.png"), np.full((20, 30, 3), 90, np.uint8))
+    (folder / "rgb" / "3.png").write_bytes(b"text")
     rows = (folder / "rgb.txt").read_text().splitlines()
     (folder / "rgb.txt").write_text("\n".join([*rows, rows[-1]]) + "\n")
     assert speed3r(folder, tmp_path / "out", *LIMITS) == 0
     said = capsys.readouterr()
-    assert f"views      5 of {COUNT + 1} frames" in said.out
+    assert f"views      4 of {COUNT + 1} frames" in said.out and f"frames     4 of {COUNT + 1} have a pose" in said.out
+    assert "1: not readable" in said.out and f"\rwarning: {folder / 'rgb' / '3.png'}: not a readable image" in said.err
     assert f"1: not {WIDTH} x {HEIGHT} pixels as the first" in said.out and "1: the stamp repeats" in said.out
     assert f"camera_info is for {WIDTH} x {HEIGHT} pixels, the image has 30 x 20" in said.err
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rosbags.highlevel import AnyReader
 
+from speed3r_ros import reconstruct
 from speed3r_ros.camera import Camera
 from speed3r_ros.config import Config, load_yaml
 from speed3r_ros.convert import stamp_to_ns
@@ -183,6 +184,20 @@ def test_an_interrupted_run_leaves_the_old_result(images, checkpoint, tmp_path, 
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "interrupted" in one_line(errors)
     assert os.listdir(out) == ["report.html"] and (out / "report.html").read_text() == "old"
+
+
+def test_an_interrupt_waits_until_torch_is_loaded(monkeypatch):
+    loaded = []
+
+    def load(name):
+        os.kill(os.getpid(), signal.SIGINT)
+        loaded.append(name)
+
+    monkeypatch.setattr(reconstruct.importlib, "import_module", load)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct.load_torch()
+    assert loaded == ["torch"] and signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing(speed3r, images, tmp_path):

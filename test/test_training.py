@@ -16,7 +16,7 @@ import pytest
 import recordings
 import torch
 import yaml
-from tiny_backbones import PI3, tiny_backbone
+from tiny_backbones import BACKBONES, PI3, tiny_backbone
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +27,7 @@ from speed3r_ros.model.backbones.pi3 import Pi3, Pi3Config, Speed3RPi3
 from speed3r_ros.model.backbones.registry import load_into
 from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.network import Block, Network, NetworkConfig
-from speed3r_ros.model.quantised import train_in_fp8
+from speed3r_ros.model.quantised import Fp8Linear, Fp8TrainingLinear, train_in_fp8
 from speed3r_ros.training import checkpoint, recipes
 from speed3r_ros.training.__main__ import main
 from speed3r_ros.training.config import CONFIGS, with_values
@@ -274,7 +274,7 @@ def test_training_in_fp8_is_what_fp8_computes(kind):
     add_linear_branch(model)
     names = [name for name, _ in model.named_parameters()]
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
-    count = train_in_fp8(model, (Block, blocks.Block))
+    count = train_in_fp8(model)
     assert [name for name, _ in model.named_parameters()] == names
     new = {name: layer for name, layer in model.named_modules() if name in layers and type(layer) is not nn.Linear}
     assert len(new) == count > 0 and {name.rsplit(".", 1)[1] for name in new} == {"qkv", "fc1", "fc2"}
@@ -285,6 +285,23 @@ def test_training_in_fp8_is_what_fp8_computes(kind):
     assert layer.weight is layers[name].weight
     layer(x).sum().backward()
     assert layer.weight.grad.abs().sum() > 0 and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["compact", *(name for name in BACKBONES if name != "da3-mono")])
+def test_the_recipe_rounds_the_layers_that_inference_rounds(kind, monkeypatch, fp8_by_definition):
+    """Those of heads and of what reads conditions not."""
+
+    def make(name="made here"):
+        return Network(recipes.TINY) if kind == "compact" else tiny_backbone(kind)
+
+    def rounded(model, layer):
+        return {name for name, module in model.named_modules() if isinstance(module, layer)}
+
+    monkeypatch.setattr(recipes, "load_model", make)
+    student = recipes.Lite3R(config("lite3r", init="made here"), torch.device("cpu")).network
+    found = rounded(student, Fp8TrainingLinear)
+    assert found == rounded(make().precision("fp8"), Fp8Linear) and found
+    assert not [name for name in found if "head" in name or "cam_" in name or "depth_encoder" in name]
 
 
 @pytest.mark.parametrize("recipe, values", [("distil", dict(student="backbone")), ("distil", {}), ("lite3r", {})])

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from speed3r_ros.model import weights
 from speed3r_ros.model.attention import Strategy, dense
-from speed3r_ros.model.backbones import blocks
 from speed3r_ros.model.backbones.checkpoints import CHECKPOINTS
 from speed3r_ros.model.backbones.pi3 import Pi3
 from speed3r_ros.model.backbones.registry import load_backbone
 from speed3r_ros.model.backbones.vggt import Vggt
 from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.memory import visibility
-from speed3r_ros.model.network import Block, Network, NetworkConfig
+from speed3r_ros.model.network import Network, NetworkConfig
 from speed3r_ros.model.quantised import train_in_fp8
 from speed3r_ros.model.strategies import STRATEGIES
 from speed3r_ros.training.config import TrainingConfig, image_sizes
@@ -317,7 +316,7 @@ class Lite3R(Recipe):
         for weight in self.branch(student) or add_linear_branch(student):
             weight.requires_grad_(True)
         if c.fp8:
-            train_in_fp8(student, (Block, blocks.Block))
+            train_in_fp8(student)
         return student
 
     @staticmethod

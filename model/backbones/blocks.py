@@ -4,7 +4,7 @@ views. What differs between them is an option.
 Modules and parameters carry the names of the published checkpoints, so that these load key for key. Sources: DINOv2 (Oquab
 et al., 2023), VGGT (Wang et al., CVPR 2025), Pi3 (Wang et al., 2025), Depth Anything 3 (Lin et al., 2025), Speed3R.
 
-Precision: matrix products run in the type that their weights are stored in (`set_precision`); norms, LayerScale and the
+Precision: matrix products run in the type that their weights are stored in (`quantised.set_precision`); norms, LayerScale and the
 residual stream keep theirs, float32.
 
 Shape letters: B sequences of N views, F = B * N frames, L = S + P tokens per frame (S special ones, then patches), C channels,
@@ -29,7 +29,7 @@ from speed3r_ros.model.attention import Layer, Strategy, Tokens
 from speed3r_ros.model.backbones.results import Reconstruction
 from speed3r_ros.model.memory import Memory, Sight
 from speed3r_ros.model.network import compute_dtype, linear_gelu, norm_sum, patch_product
-from speed3r_ros.model.quantised import check_precision, store_in_fp8
+from speed3r_ros.model.quantised import WideBlock, set_precision
 from speed3r_ros.model.strategies import strategy_for
 
 if TYPE_CHECKING:  # it imports this module
@@ -70,23 +70,6 @@ def by_frames(
             if part.data_ptr() != place.data_ptr():  # it may have been written there
                 place.copy_(part)
     return joined[0] if isinstance(result, Tensor) else joined
-
-
-def set_precision(model: nn.Module, dtype: torch.dtype | str, keep: tuple[str, ...]) -> None:
-    """Store the weights of linear and convolutional layers as `dtype`, but for those under the prefixes in `keep`.
-
-    "fp8": bfloat16, but the `wide_layers` of blocks in E4M3 for inference (Lite3R, section 3). ValueError: see
-    `check_precision`.
-    """
-    check_precision(model, dtype)
-    eight_bits = dtype == "fp8"
-    for name, module in list(model.named_modules()):
-        if name.startswith(keep):
-            continue
-        if eight_bits and isinstance(module, Block):
-            store_in_fp8(module)  # before its layers are visited: from the weights as they are
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(torch.bfloat16 if eight_bits else dtype)
 
 
 @contextmanager
@@ -279,7 +262,7 @@ class Attention(nn.Module):
         return gate.to(high).sigmoid().to(gate.dtype).unflatten(-1, (self.heads, 2)).transpose(1, 2)
 
 
-class Block(nn.Module):
+class Block(WideBlock):
     """Pre-norm transformer block: x += ls1(attention(norm1(x))); x += ls2(mlp(norm2(x))).
 
     eps: of the two LayerNorms. qk_eps, gated: see `Attention`. scale: initial LayerScale, or none.
@@ -505,10 +488,12 @@ class DinoV2(nn.Module):
 class MultiView(nn.Module):
     """A model of several views: `trunk` is all but its heads, `forward` the whole; the rest is what streaming it needs to know.
 
-    attention: what it was trained with. specials: tokens per view before the patches.
+    attention: what it was trained with. specials: tokens per view before the patches. full_precision: how the names of modules
+    begin that stay in float32, its heads and what reads conditions.
     """
 
     attention: ClassVar[str] = "dense"
+    full_precision: ClassVar[tuple[str, ...]]
     specials: int
 
     @property
@@ -520,6 +505,14 @@ class MultiView(nn.Module):
     def sensitive(self) -> frozenset[int]:
         """Numbers of those that bear few keys badly: see `spark3r.sensitive_layers`."""
         raise NotImplementedError
+
+    def precision(self, dtype: torch.dtype | str) -> MultiView:
+        """Run matrix products in `dtype` from now on, but those of `full_precision`; residual streams stay float32.
+
+        ValueError: see `quantised.check_precision`. Returns itself.
+        """
+        set_precision(self, dtype)
+        return self
 
     def trunk(self, images: Tensor, **options: object) -> Heads:
         """Images (B, N, 3, H, W) in [0, 1], on any device -> heads that have yet to run. `sight` is one of the options."""

@@ -141,6 +141,8 @@ def checkpoint_file(name: str, path: Path | str | None = None) -> Path:
 
 def find_file(path: Path, remedy: str) -> Path:
     """The checkpoint that `path` is, or the only one in the folder `path`. Raises ValueError with one line."""
+    if not path.exists():
+        raise ValueError(f"{path}: does not exist; {remedy}")
     if path.is_file() and path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)}; {remedy}")
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in SUFFIXES)

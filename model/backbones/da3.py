@@ -25,7 +25,6 @@ from speed3r_ros.model.backbones.blocks import (
     normalised,
     patch_grid,
     rotary,
-    set_precision,
 )
 from speed3r_ros.model.backbones.dpt import DPT, DualDPT, planes
 from speed3r_ros.model.backbones.heads import Heads, per_view
@@ -39,6 +38,7 @@ from speed3r_ros.model.backbones.results import (
     unproject,
 )
 from speed3r_ros.model.memory import Sight
+from speed3r_ros.model.quantised import set_precision
 from speed3r_ros.model.spark3r import sensitive_layers
 
 SKY = 0.3  # of the sky output, from which a pixel counts as sky
@@ -276,6 +276,7 @@ class Da3(MultiView):
     """Depth Anything 3, any number of views."""
 
     specials = 1
+    full_precision = ("model.cam_enc", "model.cam_dec", "model.head")
     UNUSED = ("model.gs_head.",)
 
     def __init__(self, config: Da3Config = SMALL) -> None:
@@ -291,11 +292,6 @@ class Da3(MultiView):
     def sensitive(self) -> frozenset[int]:
         """See `MultiView.sensitive`."""
         return self.model.backbone.pretrained.sensitive
-
-    def precision(self, dtype: torch.dtype | str) -> Da3:
-        """Run the products of the encoder in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
-        set_precision(self.model.backbone, dtype, ())
-        return self
 
     def trunk(
         self,
@@ -373,13 +369,15 @@ def with_sky(depth: Tensor, sky: Tensor, far: Tensor) -> Tensor:
 class Da3Mono(nn.Module):
     """Depth Anything 3 for single views; `metric` is the checkpoint whose depth is in metres once a focal length is known."""
 
+    full_precision = ("model.head",)
+
     def __init__(self, config: Da3Config = MONO, metric: bool = False) -> None:
         super().__init__()
         self.model, self.metric = Mono(config), metric
 
     def precision(self, dtype: torch.dtype | str) -> Da3Mono:
         """Run the products of the encoder in `dtype` (see `set_precision`); the head and the residual stream stay float32."""
-        set_precision(self.model.backbone, dtype, ())
+        set_precision(self, dtype)
         return self
 
     def forward(self, images: Tensor, K: Tensor | None = None, *, chunk: int = 8) -> Reconstruction:
@@ -407,6 +405,7 @@ class Da3Nested(MultiView):
     """An any-view network whose scale comes from the metric single-view one."""
 
     specials = 1
+    full_precision = ("model.da3.cam_enc", "model.da3.cam_dec", "model.da3.head", "model.da3_metric.head")
     UNUSED = ("model.da3.gs_head.",)
 
     def __init__(self, config: Da3Config = GIANT, mono: Da3Config = MONO) -> None:
@@ -427,12 +426,6 @@ class Da3Nested(MultiView):
     def state(self, slots: int) -> dict[str, tuple[int, ...]]:
         """See `MultiView.state`."""
         return {"metric": (1,)}
-
-    def precision(self, dtype: torch.dtype | str) -> Da3Nested:
-        """Run the products of both encoders in `dtype` (see `set_precision`); heads and residual streams stay float32."""
-        for network in (self.model.da3, self.model.da3_metric):
-            set_precision(network.backbone, dtype, ())
-        return self
 
     def trunk(
         self,

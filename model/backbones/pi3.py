@@ -32,7 +32,6 @@ from speed3r_ros.model.backbones.blocks import (
     positions,
     rotary,
     rotate,
-    set_precision,
     tf32_products,
 )
 from speed3r_ros.model.backbones.dpt import view_plane
@@ -173,6 +172,7 @@ class CameraHead(nn.Module):
 class Pi3(MultiView):
     """Pi3 by its published sizes. `forward` is the whole model, `trunk` all but its heads; the other methods are its stages."""
 
+    full_precision = ("point_head", "conf_head", "camera_head")
     max_log_depth = float("inf")
 
     def __init__(self, config: Pi3Config = Pi3Config()) -> None:
@@ -196,12 +196,6 @@ class Pi3(MultiView):
 
     def _make_heads(self) -> None:
         self.point_head, self.conf_head = LinearHead(self.config.channels, 3), LinearHead(self.config.channels, 1)
-
-    def precision(self, dtype: torch.dtype | str) -> Pi3:
-        """Run the products of encoder, decoder and token decoders in `dtype` (see `set_precision`); heads and residual streams stay float32,
-        the heads' products with TF32 beside 16 bits."""
-        set_precision(self, dtype, ("point_head", "conf_head", "camera_head"))
-        return self
 
     @property
     def pairs(self) -> list[tuple[Block, Block]]:
@@ -455,6 +449,7 @@ class PoseBlock(Block):
 class Pi3X(Pi3):
     """Pi3X: smooth convolutional heads, approximate metres, and conditions that each view may have or lack."""
 
+    full_precision = (*Pi3.full_precision, "metric_", "depth_encoder", "ray_embed")
     INJECTED = range(0, 17, 4)  # pairs of blocks after which poses are injected
     max_log_depth = 15.0
 
@@ -474,12 +469,6 @@ class Pi3X(Pi3):
         c = self.config
         self.point_head = ConvHead(c.channels, c.upsample, c.last_channels, (2, 1))
         self.conf_head = ConvHead(c.channels, c.upsample, c.last_channels, (1,))
-
-    def precision(self, dtype: torch.dtype | str) -> Pi3X:
-        """As `Pi3.precision`; what reads the conditions stays float32 too."""
-        keep = ("point_head", "conf_head", "camera_head", "metric_", "depth_encoder", "ray_embed")
-        set_precision(self, dtype, keep)
-        return self
 
     def trunk(
         self,

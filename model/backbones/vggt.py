@@ -23,7 +23,6 @@ from speed3r_ros.model.backbones.blocks import (
     by_frames,
     normalised,
     patch_grid,
-    set_precision,
 )
 from speed3r_ros.model.backbones.dpt import DPT, planes
 from speed3r_ros.model.backbones.heads import Heads
@@ -198,6 +197,7 @@ def cameras(encoding: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 class Vggt(MultiView):
     """VGGT; with `causal`, StreamVGGT, whose views see earlier ones only."""
 
+    full_precision = ("camera_head", "point_head", "depth_head", "track_head")
     UNUSED = ("aggregator.patch_embed.mask_token",)
 
     def __init__(self, config: VggtConfig = VggtConfig(), causal: bool = False) -> None:
@@ -235,11 +235,6 @@ class Vggt(MultiView):
         """See `MultiView.step`."""
         sight = Sight.into(memory)
         return self(image[None, None], attention=attention, top_k=top_k, sight=sight, point_head=False)
-
-    def precision(self, dtype: torch.dtype | str) -> Vggt:
-        """Run the products of the aggregator in `dtype` (see `set_precision`); heads and the residual stream stay float32."""
-        set_precision(self, dtype, ("camera_head", "point_head", "depth_head", "track_head"))
-        return self
 
     def forward(self, images: Tensor, queries: Tensor | None = None, **options: object) -> Reconstruction:
         """The geometry of all views at once. Images and options: see `trunk`.
