@@ -25,6 +25,7 @@ REACH = 3.0  # pixels of reprojection error that a landmark may have
 YOUNG = 3.0  # times that, while its depth is still the network's
 LEAST = 20  # landmarks that determine a pose; fewer may agree by chance
 AGREE = 0.4  # share of tracked landmarks that must agree with a pose
+SPARSE = 0.5  # share of the last landmarks below which too few are tracked to trust them alone: views far apart
 SPACING = 10  # pixels between corners
 QUALITY = 0.003  # of a corner, relative to the best of the image
 TRUSTED = 0.02  # confidence above which the network's depth may start a landmark; the adjustment sees to the rest
@@ -184,12 +185,11 @@ class Odometry:
             self._K = view.K = self._likely(view) if last is None else self._K
         if last is None:
             self._add_keyframe(view)
-        elif self._track(last, view):
-            if self._is_due(view):
-                self._add_keyframe(view)
         else:
-            self.tracked = self._match(view)
-            self._add_keyframe(view)
+            tracked = self._track(last, view)
+            few = not tracked or (self.tracked < SPARSE * len(last.ids) and not view.still)
+            if (few and self._match(view)) or not tracked or self._is_due(view):
+                self._add_keyframe(view)
         self._last_estimated = view
         self._go_on(view)
         h, w = estimate.depth.shape
@@ -259,6 +259,7 @@ class Odometry:
     def _track(self, last: View, view: View, shift: np.ndarray | float = 0.0) -> bool:
         """Follow the last view's landmarks, which have moved by about `shift` pixels, into this one and solve its pose;
         False when that fails."""
+        self.tracked = 0
         if len(last.ids) < LEAST:
             return False
         pixels, good = flow(last, view.grey, shift)
@@ -284,8 +285,9 @@ class Odometry:
         view.observe(ids[agree], pixels[agree])
         return True
 
-    def _match(self, view: View) -> int:
-        """Find recent keyframes' keypoints in the view and solve its pose by them: how many agree, 0 when that fails."""
+    def _match(self, view: View) -> bool:
+        """Find recent keyframes' keypoints in the view and solve its pose by them; False when no more of them agree than
+        landmarks were tracked, of which otherwise those stay that agree as well."""
         pixels, descriptors = self._keypoints(view)
         for keyframe in self._keyframes[: -RECENT - 1 : -1]:
             theirs, their_descriptors = self._keypoints(keyframe)
@@ -297,14 +299,17 @@ class Odometry:
             theirs = theirs[[p.trainIdx for p in pairs]]
             points, trusted = keyframe.unproject(theirs)
             solved = solve_pose(points[trusted], mine[trusted], view.K, np.full(trusted.sum(), YOUNG * REACH))
-            if solved is None:
+            if solved is None or solved[1].sum() <= self.tracked:
                 continue
             view.T_world_cam, agree = solved
+            stays = reprojection_error(view.T_world_cam, view.K, self._points_of(view.ids), view.pixels) < YOUNG * REACH
+            view.forget(view.ids[~stays])
             ids = self._new_landmarks(points[trusted][agree])
             keyframe.observe(ids, theirs[trusted][agree])
             view.observe(ids, mine[trusted][agree])
-            return len(ids)
-        return 0
+            self.tracked = len(view.ids)
+            return True
+        return False
 
     def _keypoints(self, view: View) -> tuple[np.ndarray, np.ndarray]:
         if view.keypoints is None:
@@ -459,17 +464,23 @@ def solve_pose(
         if not found:
             return None
         for refine in (True, True, False):
-            R = cv2.Rodrigues(r)[0]
-            camera = points @ R.T + t.T
-            z = np.maximum(camera[:, 2:], 1e-9)
-            error = np.linalg.norm(camera[:, :2] / z * [K[0, 0], K[1, 1]] + K[:2, 2] - pixels, axis=1)
-            agree = (error < reach) & (camera[:, 2] > 0)
+            T_cam_world = np.eye(4)
+            T_cam_world[:3, :3], T_cam_world[:3, 3] = cv2.Rodrigues(r)[0], t[:, 0]
+            agree = reprojection_error(inverse(T_cam_world), K, points, pixels) < reach
             if agree.sum() < LEAST:
                 return None
             if refine:
                 r, t = cv2.solvePnPRefineLM(points[agree], pixels[agree], K, None, r, t)
     except cv2.error:  # degenerate points
         return None
-    T = np.eye(4)
-    T[:3, :3], T[:3, 3] = R, t[:, 0]
-    return (inverse(T), agree) if np.isfinite(T).all() else None
+    return (inverse(T_cam_world), agree) if np.isfinite(T_cam_world).all() else None
+
+
+def reprojection_error(T_world_cam: np.ndarray, K: np.ndarray, points: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Distance (N,) in pixels between pixels (N, 2) and where a camera (4, 4), camera-to-world, sees points (N, 3) of the
+    world; infinite behind it."""
+    T_cam_world = inverse(T_world_cam)
+    camera = points @ T_cam_world[:3, :3].T + T_cam_world[:3, 3]
+    z = np.maximum(camera[:, 2:], 1e-9)
+    error = np.linalg.norm(camera[:, :2] / z * [K[0, 0], K[1, 1]] + K[:2, 2] - pixels, axis=1)
+    return np.where(camera[:, 2] > 0, error, np.inf)

@@ -325,3 +325,29 @@ def test_memory_is_bounded(sequence):
             odometry.refine(sequence[0][i], estimates[i], True)
         sizes.append((len(odometry._ids), len(odometry._keyframes)))
     assert max(keyframes for _, keyframes in sizes) <= 4 and max(ids for ids, _ in sizes) <= 100 * 5
+
+
+def test_keypoints_outvote_the_few_features_that_are_tracked():
+    """The camera rolls too far for the tracker, but for a third of the image that moves along with it, like a robot's arm: what
+    is tracked agrees on a wrong pose, what is recognised is more."""
+    height, width, roll = 360, 480, float(np.random.default_rng().uniform(30, 50))
+    rng = np.random.default_rng()
+    texture = cv2.GaussianBlur(rng.uniform(0, 255, (height, width, 3)).astype(np.float32), (0, 0), 2.0)
+    texture = cv2.normalize(texture, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    arm = np.s_[:, width * 2 // 3 :]
+    centre = ((width - 1) / 2, (height - 1) / 2)
+    before = texture.copy()
+    after = cv2.warpAffine(
+        texture, cv2.getRotationMatrix2D(centre, roll, 1.0), (width, height), borderMode=cv2.BORDER_WRAP
+    )
+    after[arm] = np.roll(texture, 6, axis=0)[arm]
+    K = np.array([[400.0, 0, centre[0]], [0, 400.0, centre[1]], [0, 0, 1]])
+    flat, sure = np.full((height // 2, width // 2), 2.0, np.float32), np.ones((height // 2, width // 2), np.float32)
+    K_network = K * np.array([[0.5], [0.5], [1]])
+    odometry = Odometry()
+    for stamp, image in enumerate((before, after)):
+        estimate = Estimate(stamp, Tracking.TRACKING, np.eye(4), flat, sure, K_network, image, pose_sigma=np.ones(2))
+        got = odometry.refine(image, estimate, True)
+    turned = cv2.Rodrigues(got.T_world_cam[:3, :3])[0][:, 0]
+    assert np.abs(np.degrees(turned) - [0, 0, roll]).max() < 1.0
+    assert got.tracking is Tracking.TRACKING
