@@ -38,18 +38,20 @@ class PointMap:
         self._mean = np.empty((slots, 6), dtype=np.float32)  # x y z red green blue
         self._weight = np.zeros(slots, dtype=np.float32)  # sum of confidences
         self._seen = np.ones(slots, dtype=np.float32)  # number of points fused
+        self._used = np.empty(self._buckets, dtype=np.int64)  # slots, of each bucket
         self._claim = np.zeros(self._buckets, dtype=np.int64)
         self._lock = threading.Lock()
         self.clear()
 
     def __len__(self) -> int:
         with self._lock:
-            return int(np.count_nonzero(self._key != EMPTY))
+            return int(self._used.sum())
 
     def clear(self) -> None:
         """Forget all points."""
         with self._lock:
             self._key.fill(EMPTY)
+            self._used.fill(0)
             self._random = np.random.default_rng(0)
 
     def insert(self, points: np.ndarray, colors: np.ndarray, confidence: np.ndarray) -> None:
@@ -63,32 +65,38 @@ class PointMap:
                 f"points {points.shape}, colors {colors.shape}, confidence {confidence.shape}: expected (N, 3), (N, 3), (N,)"
             )
         half = 1 << (BITS - 1)
-        cell = np.floor(points / self.voxel)
-        valid = (np.abs(cell) < half).all(1) & (confidence > 0) & np.isfinite(confidence)  # NaN compares false
-        x, y, z = cell[valid].astype(np.int64).T + half
-        key, voxel_of = np.unique((x << 2 * BITS) | (y << BITS) | z, return_inverse=True)
-        voxel_of = voxel_of.reshape(-1)  # numpy 2.0.0 gave it the input's shape
-        weight = confidence[valid].astype(np.float64)
+        columns = np.ascontiguousarray(points.T, np.float64)  # numpy is several times faster along columns than along rows
+        cell = np.floor(columns / self.voxel)
+        valid = (np.abs(cell) < half).all(0) & (confidence > 0) & np.isfinite(confidence)  # NaN compares false
+        if not valid.all():
+            columns, cell, colors, confidence = columns[:, valid], cell[:, valid], colors[valid], confidence[valid]
+        x, y, z = (cell + half).astype(np.int64)
+        key, voxel_of = _distinct((x << 2 * BITS) | (y << BITS) | z)
+        weight = confidence.astype(np.float64)
         total, count = np.bincount(voxel_of, weight), np.bincount(voxel_of)
-        values = np.hstack([points[valid], colors[valid]]) * weight[:, None]
-        mean = np.stack([np.bincount(voxel_of, column) for column in values.T], axis=1) / total[:, None]
+        sums = [np.bincount(voxel_of, column * weight) for column in (*columns, *colors.T)]
+        mean = np.stack(sums, axis=1) / total[:, None]
+        bucket = self._bucket(key)
         with self._lock:
-            match = self._key.reshape(-1, self._ways)[self._bucket(key)] == key[:, None]
-            known = match.any(1)
-            slot = (self._bucket(key) * self._ways + match.argmax(1))[known]
+            match = self._key.reshape(-1, self._ways).take(bucket, axis=0) == key[:, None]
+            known, way = np.nonzero(match)
+            slot = bucket[known] * self._ways + way
             share = total[known] / (self._weight[slot] + total[known])
-            self._mean[slot] += share[:, None] * (mean[known] - self._mean[slot])
+            old = self._mean[slot]
+            self._mean[slot] = old + share[:, None] * (mean[known] - old)
             self._weight[slot] += total[known]
             self._seen[slot] += count[known]
-            self._place(key[~known], mean[~known], total[~known], count[~known])
+            new = np.flatnonzero(~match.any(1))
+            self._place(bucket[new], key[new], mean[new], total[new], count[new])
 
     def _bucket(self, key: np.ndarray) -> np.ndarray:
         mixed = (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
         return (mixed % np.uint64(self._buckets)).astype(np.int64)
 
-    def _place(self, key: np.ndarray, mean: np.ndarray, total: np.ndarray, count: np.ndarray) -> None:
+    def _place(
+        self, bucket: np.ndarray, key: np.ndarray, mean: np.ndarray, total: np.ndarray, count: np.ndarray
+    ) -> None:
         """Put new voxels into their buckets, one per bucket and round; more than a bucket holds are left out."""
-        bucket = self._bucket(key)
         pending = np.arange(len(key))
         for _ in range(self._ways):
             if not len(pending):
@@ -96,16 +104,18 @@ class PointMap:
             self._claim[bucket[pending]] = pending
             winner = self._claim[bucket[pending]] == pending
             new, pending = pending[winner], pending[~winner]
-            free = self._key.reshape(-1, self._ways)[bucket[new]] == EMPTY
-            way = np.where(free.any(1), free.argmax(1), self._least_confident(bucket[new]))
+            way = self._used[bucket[new]]  # slots fill in order and never empty
+            full = np.flatnonzero(way == self._ways)
+            first = self._random.integers(self._ways, size=len(new))
+            self._used[bucket[new]] = np.minimum(way + 1, self._ways)
+            way[full] = self._least_confident(bucket[new[full]], first[full])
             slot = bucket[new] * self._ways + way
             self._key[slot], self._mean[slot], self._weight[slot] = key[new], mean[new], total[new]
             self._seen[slot] = count[new]
 
-    def _least_confident(self, bucket: np.ndarray) -> np.ndarray:
-        """In each bucket, the least confident of a few neighbouring slots that start at a random one."""
-        first = self._random.integers(self._ways, size=(len(bucket), 1))
-        ways = (first + np.arange(min(CANDIDATES, self._ways))) % self._ways
+    def _least_confident(self, bucket: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """In each full bucket, the least confident of a few neighbouring slots that start at the first."""
+        ways = (first[:, None] + np.arange(min(CANDIDATES, self._ways))) % self._ways
         slot = bucket[:, None] * self._ways + ways
         lowest = (self._weight[slot] / self._seen[slot]).argmin(1)
         return np.take_along_axis(ways, lowest[:, None], 1)[:, 0]
@@ -135,6 +145,16 @@ class PointMap:
     def write_ply(self, path: str | Path) -> None:
         """Write a binary PLY of x y z red green blue confidence. Raises OSError."""
         write_ply(path, *self.snapshot())
+
+
+def _distinct(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones (V,) of keys (N,), ascending, and which of them each key is, (N,) int.
+
+    Neighbours in an image mostly lie in one voxel, so only the first key of each run of equal ones is sorted.
+    """
+    first = np.flatnonzero(np.diff(key, prepend=EMPTY))
+    distinct, run = np.unique(key[first], return_inverse=True)
+    return distinct, np.repeat(run, np.diff(first, append=len(key)))
 
 
 def write_ply(path: str | Path, points: np.ndarray, colors: np.ndarray, confidence: np.ndarray | None = None) -> None:
