@@ -37,7 +37,7 @@ class PointMap:
         slots = self._buckets * self._ways
         self._key = np.empty(slots, dtype=np.int64)
         self._fused = np.empty((slots, 8), dtype=np.float32)  # mean x y z red green blue, then WEIGHT and SEEN
-        self._used = np.empty(self._buckets, dtype=np.int64)  # slots, of each bucket
+        self._used = np.empty(self._buckets, dtype=np.int64)  # of each bucket, how many slots
         self._claim = np.zeros(self._buckets, dtype=np.int64)
         self._lock = threading.Lock()
         self.clear()
@@ -64,10 +64,13 @@ class PointMap:
                 f"points {points.shape}, colors {colors.shape}, confidence {confidence.shape}: expected (N, 3), (N, 3), (N,)"
             )
         half = 1 << (BITS - 1)
-        columns = np.ascontiguousarray(points.T, np.float64)  # numpy is several times faster along columns than along rows
-        cell = columns / self.voxel
-        np.floor(cell, out=cell)
-        valid = ((cell > -half) & (cell < half)).all(0) & (confidence > 0) & np.isfinite(confidence)  # NaN compares false
+        columns = np.ascontiguousarray(
+            points.T, np.float64
+        )  # numpy is several times faster along columns than along rows
+        cell = np.floor(columns / self.voxel)
+        valid = (
+            ((cell > -half) & (cell < half)).all(0) & (confidence > 0) & np.isfinite(confidence)
+        )  # NaN compares false
         if not valid.all():
             columns, cell, colors, confidence = columns[:, valid], cell[:, valid], colors[valid], confidence[valid]
         x, y, z = (cell + half).astype(np.int64)
@@ -91,7 +94,7 @@ class PointMap:
             self._place(bucket[new], key[new], fused.take(new, axis=1))
 
     def _write(self, slot: np.ndarray, fused: np.ndarray) -> None:
-        """Set slots (N,) to columns (8, N); a slot is copied as one item, several times faster than by self._fused[slot]."""
+        """Set slots (N,) to what (8, N) they fused. Rows are put as items of 32 bytes, five times faster than by [slot]."""
         np.put(self._fused.view("V32"), slot, fused.T.astype(np.float32, order="C").view("V32"))
 
     def _bucket(self, key: np.ndarray) -> np.ndarray:
@@ -107,12 +110,12 @@ class PointMap:
             self._claim[bucket[pending]] = pending
             winner = self._claim[bucket[pending]] == pending
             new, pending = pending[winner], pending[~winner]
-            way = self._used[bucket[new]]  # slots fill in order and never empty
+            home, first = bucket[new], self._random.integers(self._ways, size=len(new))
+            way = self._used[home]  # slots fill in order and never empty
+            self._used[home] = np.minimum(way + 1, self._ways)
             full = np.flatnonzero(way == self._ways)
-            first = self._random.integers(self._ways, size=len(new))
-            self._used[bucket[new]] = np.minimum(way + 1, self._ways)
-            way[full] = self._least_confident(bucket[new[full]], first[full])
-            slot = bucket[new] * self._ways + way
+            way[full] = self._least_confident(home[full], first[full])
+            slot = home * self._ways + way
             self._key[slot] = key[new]
             self._write(slot, fused.take(new, axis=1))
 
@@ -126,8 +129,7 @@ class PointMap:
     def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copies of points (N, 3) float32, colours (N, 3) uint8 and mean confidences (N,) float32, in no spatial order."""
         with self._lock:
-            used = self._key != EMPTY
-            fused = self._fused[used]
+            fused = self._fused.take(np.flatnonzero(self._key != EMPTY), axis=0)
         return fused[:, :3], np.rint(fused[:, 3:WEIGHT]).astype(np.uint8), fused[:, WEIGHT] / fused[:, SEEN]
 
     @property

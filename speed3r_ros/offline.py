@@ -226,9 +226,7 @@ class Collector:
         depth = valid_depth(estimate, self._config)
         good = np.flatnonzero(np.isfinite(depth) & (confidence >= self._config.map.min_confidence))
         points = self._factor * points.reshape(-1, 3).take(good, axis=0)
-        self.point_map.insert(
-            to_world(T, points), image.reshape(-1, 3).take(good, axis=0), confidence.take(good)
-        )
+        self.point_map.insert(to_world(T, points), image.reshape(-1, 3).take(good, axis=0), confidence.take(good))
         self._results.trajectory.append(stamp_ns, T)
         if self._number in self._shown:
             self._results.strips.append(Strip(stamp_ns, image, depth, confidence, self._views.aspect))
