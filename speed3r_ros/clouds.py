@@ -60,6 +60,5 @@ def cloud(
 
 
 def to_world(T_world_cam: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (N, 3) of the camera's frame -> (N, 3) float64 of the world; computed, and in memory, as columns, which is
-    several times faster than as rows."""
+    """Points (N, 3) of the camera's frame -> (N, 3) float64 of the world, column by column in memory as the map takes them."""
     return (T_world_cam[:3, :3] @ points.T.astype(np.float64, order="C") + T_world_cam[:3, 3:]).T
