@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
+from speed3r_ros.clouds import to_world
 from speed3r_ros.mapping import geometry
 from speed3r_ros.mapping.files import folder_written_whole
 from speed3r_ros.mapping.point_map import PointMap
@@ -276,6 +277,13 @@ def test_ate_counts_only_matched_poses_and_says_how_many(rng):
 
 
 # the map of points
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_points_go_to_the_world_by_the_homogeneous_product(rng, count):
+    T, rows = random_transforms(rng, 1)[0], rng.normal(size=(count, 4)).astype(np.float32)
+    expected = np.c_[rows[:, :3], np.ones(count)] @ T.T
+    np.testing.assert_allclose(to_world(T, rows[:, :3]), expected[:, :3], atol=1e-12)
 
 
 class PlainMap:
