@@ -14,6 +14,7 @@ WAYS = 16  # slots per bucket: a voxel may live in any of them
 CANDIDATES = 4  # slots drawn at random in a full bucket; the least confident one makes room
 BITS = 21  # of a voxel coordinate in its 63-bit key
 EMPTY = -1
+WEIGHT, SEEN = 6, 7  # columns of what a voxel fused: the sum of confidences, the number of points
 
 
 class PointMap:
@@ -35,21 +36,21 @@ class PointMap:
         self._buckets = self.max_points // self._ways
         slots = self._buckets * self._ways
         self._key = np.empty(slots, dtype=np.int64)
-        self._mean = np.empty((slots, 6), dtype=np.float32)  # x y z red green blue
-        self._weight = np.zeros(slots, dtype=np.float32)  # sum of confidences
-        self._seen = np.ones(slots, dtype=np.float32)  # number of points fused
+        self._fused = np.empty((slots, 8), dtype=np.float32)  # mean x y z red green blue, then WEIGHT and SEEN
+        self._used = np.empty(self._buckets, dtype=np.int64)  # of each bucket, how many slots
         self._claim = np.zeros(self._buckets, dtype=np.int64)
         self._lock = threading.Lock()
         self.clear()
 
     def __len__(self) -> int:
         with self._lock:
-            return int(np.count_nonzero(self._key != EMPTY))
+            return int(self._used.sum())
 
     def clear(self) -> None:
         """Forget all points."""
         with self._lock:
             self._key.fill(EMPTY)
+            self._used.fill(0)
             self._random = np.random.default_rng(0)
 
     def insert(self, points: np.ndarray, colors: np.ndarray, confidence: np.ndarray) -> None:
@@ -63,32 +64,42 @@ class PointMap:
                 f"points {points.shape}, colors {colors.shape}, confidence {confidence.shape}: expected (N, 3), (N, 3), (N,)"
             )
         half = 1 << (BITS - 1)
-        cell = np.floor(points / self.voxel)
-        valid = (np.abs(cell) < half).all(1) & (confidence > 0) & np.isfinite(confidence)  # NaN compares false
-        x, y, z = cell[valid].astype(np.int64).T + half
-        key, voxel_of = np.unique((x << 2 * BITS) | (y << BITS) | z, return_inverse=True)
-        voxel_of = voxel_of.reshape(-1)  # numpy 2.0.0 gave it the input's shape
-        weight = confidence[valid].astype(np.float64)
-        total, count = np.bincount(voxel_of, weight), np.bincount(voxel_of)
-        values = np.hstack([points[valid], colors[valid]]) * weight[:, None]
-        mean = np.stack([np.bincount(voxel_of, column) for column in values.T], axis=1) / total[:, None]
+        columns = np.ascontiguousarray(points.T, np.float64)  # numpy is much faster along columns than along rows
+        cell = np.floor(columns / self.voxel)
+        inside = ((cell > -half) & (cell < half)).all(0)  # NaN compares false
+        valid = inside & (confidence > 0) & np.isfinite(confidence)
+        if not valid.all():
+            columns, cell, colors, confidence = columns[:, valid], cell[:, valid], colors[valid], confidence[valid]
+        x, y, z = (cell + half).astype(np.int64)
+        key, voxel_of = _distinct((x << 2 * BITS) | (y << BITS) | z)
+        weight = confidence.astype(np.float64)
+        total = np.bincount(voxel_of, weight)
+        mean = [np.bincount(voxel_of, column * weight) / total for column in (*columns, *colors.T)]
+        fused = np.stack([*mean, total, np.bincount(voxel_of)])
+        bucket = self._bucket(key)
         with self._lock:
-            match = self._key.reshape(-1, self._ways)[self._bucket(key)] == key[:, None]
-            known = match.any(1)
-            slot = (self._bucket(key) * self._ways + match.argmax(1))[known]
-            share = total[known] / (self._weight[slot] + total[known])
-            self._mean[slot] += share[:, None] * (mean[known] - self._mean[slot])
-            self._weight[slot] += total[known]
-            self._seen[slot] += count[known]
-            self._place(key[~known], mean[~known], total[~known], count[~known])
+            match = self._key.reshape(-1, self._ways).take(bucket, axis=0) == key[:, None]
+            known, way = np.divmod(np.flatnonzero(match), self._ways)
+            slot = bucket[known] * self._ways + way
+            old = self._fused.take(slot, axis=0).T.astype(np.float64, order="C")
+            more = fused.take(known, axis=1)
+            share = more[WEIGHT] / (old[WEIGHT] + more[WEIGHT])
+            old[:WEIGHT] += share * (more[:WEIGHT] - old[:WEIGHT])
+            old[WEIGHT:] += more[WEIGHT:]
+            self._write(slot, old)
+            new = np.delete(np.arange(len(key)), known)
+            self._place(bucket[new], key[new], fused.take(new, axis=1))
+
+    def _write(self, slot: np.ndarray, fused: np.ndarray) -> None:
+        """Set slots (N,) to what they fused, (8, N). A row is put as one item of 32 bytes: much faster than _fused[slot] = ..."""
+        np.put(self._fused.view("V32"), slot, fused.T.astype(np.float32, order="C").view("V32"))
 
     def _bucket(self, key: np.ndarray) -> np.ndarray:
         mixed = (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
         return (mixed % np.uint64(self._buckets)).astype(np.int64)
 
-    def _place(self, key: np.ndarray, mean: np.ndarray, total: np.ndarray, count: np.ndarray) -> None:
+    def _place(self, bucket: np.ndarray, key: np.ndarray, fused: np.ndarray) -> None:
         """Put new voxels into their buckets, one per bucket and round; more than a bucket holds are left out."""
-        bucket = self._bucket(key)
         pending = np.arange(len(key))
         for _ in range(self._ways):
             if not len(pending):
@@ -96,26 +107,27 @@ class PointMap:
             self._claim[bucket[pending]] = pending
             winner = self._claim[bucket[pending]] == pending
             new, pending = pending[winner], pending[~winner]
-            free = self._key.reshape(-1, self._ways)[bucket[new]] == EMPTY
-            way = np.where(free.any(1), free.argmax(1), self._least_confident(bucket[new]))
-            slot = bucket[new] * self._ways + way
-            self._key[slot], self._mean[slot], self._weight[slot] = key[new], mean[new], total[new]
-            self._seen[slot] = count[new]
+            home, first = bucket[new], self._random.integers(self._ways, size=len(new))
+            way = self._used[home]  # slots fill in order and never empty
+            self._used[home] = np.minimum(way + 1, self._ways)
+            full = np.flatnonzero(way == self._ways)
+            way[full] = self._least_confident(home[full], first[full])
+            slot = home * self._ways + way
+            self._key[slot] = key[new]
+            self._write(slot, fused.take(new, axis=1))
 
-    def _least_confident(self, bucket: np.ndarray) -> np.ndarray:
-        """In each bucket, the least confident of a few neighbouring slots that start at a random one."""
-        first = self._random.integers(self._ways, size=(len(bucket), 1))
-        ways = (first + np.arange(min(CANDIDATES, self._ways))) % self._ways
-        slot = bucket[:, None] * self._ways + ways
-        lowest = (self._weight[slot] / self._seen[slot]).argmin(1)
-        return np.take_along_axis(ways, lowest[:, None], 1)[:, 0]
+    def _least_confident(self, bucket: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """In each full bucket, the least confident of a few neighbouring slots that start at a random one, the first."""
+        way = (first + np.arange(min(CANDIDATES, self._ways))[:, None]) % self._ways
+        slot = bucket * self._ways + way
+        lowest = (self._fused[slot, WEIGHT] / self._fused[slot, SEEN]).argmin(0)
+        return (first + lowest) % self._ways
 
     def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copies of points (N, 3) float32, colours (N, 3) uint8 and mean confidences (N,) float32, in no spatial order."""
         with self._lock:
-            used = self._key != EMPTY
-            mean, confidence = self._mean[used], self._weight[used] / self._seen[used]
-        return mean[:, :3], np.rint(mean[:, 3:]).astype(np.uint8), confidence
+            fused = self._fused.take(np.flatnonzero(self._key != EMPTY), axis=0)
+        return fused[:, :3], np.rint(fused[:, 3:WEIGHT]).astype(np.uint8), fused[:, WEIGHT] / fused[:, SEEN]
 
     @property
     def points(self) -> np.ndarray:
@@ -135,6 +147,18 @@ class PointMap:
     def write_ply(self, path: str | Path) -> None:
         """Write a binary PLY of x y z red green blue confidence. Raises OSError."""
         write_ply(path, *self.snapshot())
+
+
+def _distinct(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones (V,) of keys (N,), ascending, and which of them each key is, (N,) int.
+
+    Neighbours in an image mostly lie in one voxel, so only the first key of each run of equal ones is sorted.
+    """
+    changed = np.ones(len(key), dtype=bool)
+    np.not_equal(key[1:], key[:-1], out=changed[1:])
+    first = np.flatnonzero(changed)
+    distinct, run = np.unique(key[first], return_inverse=True)
+    return distinct, np.repeat(run, np.diff(first, append=len(key)))
 
 
 def write_ply(path: str | Path, points: np.ndarray, colors: np.ndarray, confidence: np.ndarray | None = None) -> None:

@@ -57,3 +57,8 @@ def cloud(
     rows[..., 2] = depth
     rows[..., 3] = pack_colors(estimate.image.reshape(-1, 3)).reshape(height, width)
     return rows.reshape(-1, 4).take(index, axis=0), index
+
+
+def to_world(T_world_cam: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (N, 3) of the camera's frame -> (N, 3) float64 of the world, column by column in memory as the map takes them."""
+    return (T_world_cam[:3, :3] @ points.T.astype(np.float64, order="C") + T_world_cam[:3, 3:]).T

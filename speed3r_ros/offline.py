@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from speed3r_ros.clouds import valid_depth
+from speed3r_ros.clouds import to_world, valid_depth
 from speed3r_ros.config import Config, settings
 from speed3r_ros.mapping.geometry import inverse
 from speed3r_ros.mapping.point_map import PointMap
@@ -212,20 +212,21 @@ class Collector:
             self._results.settings["unit of length"] = "metre" if part.metric else "median depth of the first view"
         T_world_cam = self._T_world_model @ part.T_world_cam.double().cpu().numpy()
         T_world_cam[:, :3, 3] *= self._factor
-        points, depth = ((x * self._factor).cpu().numpy() for x in (part.points, part.depth))
-        for T, xyz, z, confidence in zip(T_world_cam, points, depth, part.confidence.cpu().numpy()):
+        maps = (x.cpu().numpy() for x in (part.points, part.depth * self._factor, part.confidence))
+        for T, xyz, z, confidence in zip(T_world_cam, *maps):
             if not np.isfinite(T).all():
                 raise ValueError(NOT_FINITE.format("pose"))
             self._add_view(T, xyz, z, confidence)
             self._number += 1
 
     def _add_view(self, T: np.ndarray, points: np.ndarray, depth: np.ndarray, confidence: np.ndarray) -> None:
-        """Pose (4, 4) and maps (h, w, ...) of the next view."""
+        """Pose (4, 4) and maps (h, w, ...) of the next view; points in the model's unit, depth in that of the pose."""
         stamp_ns, image = self._views.stamps_ns[self._number], self._views.images[self._number]
         estimate = Estimate(stamp_ns, Tracking.TRACKING, T, depth, confidence, image=image)
         depth = valid_depth(estimate, self._config)
-        good = np.isfinite(depth) & (confidence >= self._config.map.min_confidence)
-        self.point_map.insert(points[good] @ T[:3, :3].T + T[:3, 3], image[good], confidence[good])
+        good = np.flatnonzero(np.isfinite(depth) & (confidence >= self._config.map.min_confidence))
+        points = self._factor * points.reshape(-1, 3).take(good, axis=0)
+        self.point_map.insert(to_world(T, points), image.reshape(-1, 3).take(good, axis=0), confidence.take(good))
         self._results.trajectory.append(stamp_ns, T)
         if self._number in self._shown:
             self._results.strips.append(Strip(stamp_ns, image, depth, confidence, self._views.aspect))

@@ -8,7 +8,7 @@ from enum import Enum
 
 import numpy as np
 
-from speed3r_ros.clouds import cloud, split_rows, valid_depth
+from speed3r_ros.clouds import cloud, split_rows, to_world, valid_depth
 from speed3r_ros.config import Config, InputConfig
 from speed3r_ros.mapping.odometry import Odometry
 from speed3r_ros.mapping.point_map import PointMap
@@ -104,7 +104,7 @@ class Pipeline:
             depth = valid_depth(estimate, self.config)
             rows, pixels = cloud(estimate, depth, min_confidence=self.config.map.min_confidence)
             points, colors = split_rows(rows)
-            self.point_map.insert(points @ T[:3, :3].T + T[:3, 3], colors, estimate.confidence.take(pixels))
+            self.point_map.insert(to_world(T, points), colors, estimate.confidence.take(pixels))
             self.map_version += 1
 
     def restart(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
+from speed3r_ros.clouds import to_world
 from speed3r_ros.mapping import geometry
 from speed3r_ros.mapping.files import folder_written_whole
 from speed3r_ros.mapping.point_map import PointMap
@@ -278,17 +279,55 @@ def test_ate_counts_only_matched_poses_and_says_how_many(rng):
 # the map of points
 
 
-def brute_force(voxel, batches):
-    """Fusion by a dictionary of lists."""
-    cells = {}
-    for points, colors, confidence in batches:
-        for p, c, w in zip(points.astype(float), colors.astype(float), confidence.astype(float)):
-            cells.setdefault(tuple(np.floor(p / voxel).astype(int)), []).append((w, p, c))
-    rows = {}
-    for cell, seen in cells.items():
-        w = np.array([item[0] for item in seen])
-        rows[cell] = (*(np.average([item[k] for item in seen], axis=0, weights=w) for k in (1, 2)), w.mean())
-    return rows
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_points_go_to_the_world_by_the_homogeneous_product(rng, count):
+    T, rows = random_transforms(rng, 1)[0], rng.normal(size=(count, 4)).astype(np.float32)
+    expected = np.c_[rows[:, :3], np.ones(count)] @ T.T
+    np.testing.assert_allclose(to_world(T, rows[:, :3]), expected[:, :3], atol=1e-12)
+
+
+class PlainMap:
+    """The same fusion and the same choice of what makes room, voxel by voxel, in float64 and from the points themselves."""
+
+    def __init__(self, voxel, max_points):
+        self.voxel, self.ways = voxel, min(16, max_points)
+        self.buckets = [[] for _ in range(max_points // self.ways)]
+        self.rng = np.random.default_rng(0)
+        self.evicted = 0
+
+    def insert(self, points, colors, confidence):
+        new = {}
+        for row in zip(points.astype(float), colors.astype(float), confidence.astype(float)):
+            if np.isfinite(row[0]).all() and row[2] > 0:
+                new.setdefault(tuple(int(x) for x in np.floor(row[0] / self.voxel)), []).append(row)
+        queues = {}
+        for cell in sorted(new):
+            x, y, z = (i + 2**20 for i in cell)
+            mixed = (x << 42 | y << 21 | z) * 0x9E3779B97F4A7C15 % 2**64 >> 32
+            number = mixed % len(self.buckets)
+            fused = [seen for other, seen in self.buckets[number] if other == cell]
+            if fused:
+                fused[0].extend(new[cell])
+            else:
+                queues.setdefault(number, []).append(cell)
+        for _ in range(self.ways):  # each bucket takes its last one; in the order of cells
+            chosen = sorted((queue.pop(), number) for number, queue in queues.items() if queue)
+            for (cell, number), first in zip(chosen, self.rng.integers(self.ways, size=len(chosen))):
+                bucket = self.buckets[number]
+                if len(bucket) < self.ways:
+                    bucket.append((cell, new[cell]))
+                else:
+                    ways = [(first + k) % self.ways for k in range(min(4, self.ways))]
+                    bucket[min(ways, key=lambda way: np.mean([row[2] for row in bucket[way][1]]))] = (cell, new[cell])
+                    self.evicted += 1
+
+    def snapshot(self):
+        seen = [seen for bucket in self.buckets for _, seen in bucket]
+        means = (
+            [np.average([row[k] for row in rows], axis=0, weights=[row[2] for row in rows]) for rows in seen]
+            for k in (0, 1)
+        )
+        return *map(np.array, means), np.array([np.mean([row[2] for row in rows]) for rows in seen])
 
 
 def batch(rng, count, extent=1.0):
@@ -299,22 +338,27 @@ def batch(rng, count, extent=1.0):
     )
 
 
-def test_fusion_is_the_confidence_weighted_mean_of_each_voxel(rng):
-    voxel, batches = 0.23, [batch(rng, 400) for _ in range(4)]
-    point_map = PointMap(voxel, 20_000)
-    for item in batches:
-        point_map.insert(*item)
-    expected = brute_force(voxel, batches)
+@pytest.mark.parametrize("budget", [20_000, 700, 40, 3])
+def test_the_map_is_that_of_a_plain_implementation(rng, budget):
+    """A walk, whose neighbours share voxels as those of an image do, and scattered points, some without a position or
+    confidence. Slots must be the same ones, also where voxels had to make room."""
+    voxel = 0.05
+    point_map, plain = PointMap(voxel, budget), PlainMap(voxel, budget)
+    for _ in range(6):
+        points, colors, confidence = batch(rng, 400)
+        points[:200] = rng.uniform(-0.5, 0.5, 3) + np.cumsum(rng.normal(0, 0.01, (200, 3)), axis=0)
+        points[rng.integers(400, size=5), 1] = rng.choice([np.nan, np.inf, -np.inf], 5)
+        # sixty-fourths sum exactly, so that the least confident voxel does not hang on rounding
+        confidence = np.ceil(confidence * 64) / 64 * (rng.random(400) > 0.02)
+        for each in (point_map, plain):
+            each.insert(points, colors, confidence)
     points, colors, confidence = point_map.snapshot()
-    assert len(point_map) == len(points) == len(expected)
-    for p, c, w in zip(points, colors, confidence):
-        # the mean of points of a cell lies in the cell; nudge against rounding on its border
-        options = {tuple(np.floor(p / voxel + e).astype(int)) for e in (0, 1e-5, -1e-5)} & set(expected)
-        closest = min(options, key=lambda cell: np.abs(expected[cell][0] - p).max())
-        mean_p, mean_c, mean_w = expected[closest]
-        np.testing.assert_allclose(p, mean_p, atol=1e-5)
-        np.testing.assert_allclose(c, mean_c, atol=0.51)
-        np.testing.assert_allclose(w, mean_w, atol=1e-5)
+    expected = plain.snapshot()
+    assert (plain.evicted > 0) == (budget < 20_000)
+    assert len(point_map) == len(points) == len(expected[0])
+    np.testing.assert_allclose(points, expected[0], atol=1e-6)
+    np.testing.assert_allclose(colors, expected[1], atol=0.501)
+    np.testing.assert_allclose(confidence, expected[2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [1, 10, 100, 3_000])
