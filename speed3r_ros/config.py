@@ -82,7 +82,7 @@ class OdometryConfig:
 class DepthConfig:
     """Depth images."""
 
-    min_confidence: float = setting(0.1, "depth of pixels below is NaN", low=0.0, high=1.0, live=True)
+    min_confidence: float = setting(0.04, "depth of pixels below is NaN", low=0.0, high=1.0, live=True)
     max: float = setting(100.0, "depth beyond is NaN, m", low=0.01, live=True)
 
 
@@ -105,7 +105,7 @@ class MapConfig:
 
     voxel: float = setting(0.02, "edge of a voxel, m", low=1e-4, high=100.0)
     max_points: int = setting(500000, "points that the map holds at most", low=16, high=100000000)
-    min_confidence: float = setting(0.25, "points below do not enter the map", low=0.0, high=1.0, live=True)
+    min_confidence: float = setting(0.06, "points below do not enter the map", low=0.0, high=1.0, live=True)
     rate: float = setting(0.5, "Hz at which the map is published", low=0.01, high=30.0)
 
 
