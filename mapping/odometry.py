@@ -186,6 +186,7 @@ class Odometry:
         if last is None:
             self._add_keyframe(view)
         else:
+            self.tracked = 0
             tracked = self._track(last, view)
             few = not tracked or (self.tracked < SPARSE * len(last.ids) and not view.still)
             if (few and self._match(view)) or not tracked or self._is_due(view):
@@ -259,7 +260,6 @@ class Odometry:
     def _track(self, last: View, view: View, shift: np.ndarray | float = 0.0) -> bool:
         """Follow the last view's landmarks, which have moved by about `shift` pixels, into this one and solve its pose;
         False when that fails."""
-        self.tracked = 0
         if len(last.ids) < LEAST:
             return False
         pixels, good = flow(last, view.grey, shift)
