@@ -3,8 +3,8 @@
 A network's poses are right to about its patches; tracked corners are right to a fraction of a pixel. So corners get
 their first depth from the network, are tracked from frame to frame, and give every frame's pose; a bundle adjustment of
 the last keyframes then frees them from the network's errors of depth, of scale between frames and, for cameras that are
-not calibrated, of focal length. Where features fail (blur, darkness, no texture, a jump), matched keypoints help once,
-and then the network's motion stands alone until features return. Tracking by features with geometry from a multi-view
+not calibrated, of focal length. Where few or none can be tracked (views far apart, blur, darkness, no texture, a jump),
+matched keypoints help; where these fail, too, the network's motion stands alone until features return. Tracking by features with geometry from a multi-view
 network: HyVGGT-VO, ScaRF-SLAM (2026).
 """
 
