@@ -3,8 +3,8 @@
 A network's poses are right to about its patches; tracked corners are right to a fraction of a pixel. So corners get
 their first depth from the network, are tracked from frame to frame, and give every frame's pose; a bundle adjustment of
 the last keyframes then frees them from the network's errors of depth, of scale between frames and, for cameras that are
-not calibrated, of focal length. Where features fail (blur, darkness, no texture, a jump), matched keypoints help once,
-and then the network's motion stands alone until features return. Tracking by features with geometry from a multi-view
+not calibrated, of focal length. Where few or none can be tracked (views far apart, blur, darkness, no texture, a jump),
+matched keypoints help; where these fail, too, the network's motion stands alone until features return. Tracking by features with geometry from a multi-view
 network: HyVGGT-VO, ScaRF-SLAM (2026).
 """
 
@@ -186,6 +186,7 @@ class Odometry:
         if last is None:
             self._add_keyframe(view)
         else:
+            self.tracked = 0
             tracked = self._track(last, view)
             few = not tracked or (self.tracked < SPARSE * len(last.ids) and not view.still)
             if (few and self._match(view)) or not tracked or self._is_due(view):
@@ -259,7 +260,6 @@ class Odometry:
     def _track(self, last: View, view: View, shift: np.ndarray | float = 0.0) -> bool:
         """Follow the last view's landmarks, which have moved by about `shift` pixels, into this one and solve its pose;
         False when that fails."""
-        self.tracked = 0
         if len(last.ids) < LEAST:
             return False
         pixels, good = flow(last, view.grey, shift)

@@ -118,16 +118,17 @@ def run(options: argparse.Namespace) -> int:
 def load_torch() -> None:
     """Import torch. Signals wait meanwhile: one in the middle of it aborts the process, which then cannot clean up."""
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda number, _: came.append(number))
+    handlers = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         importlib.import_module("torch")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
+    for number in came:  # which a job in a shell's background ignores
+        signal.raise_signal(number)
 
 
 def offline_options(options: argparse.Namespace, config: Config) -> dict[str, object]:

@@ -11,6 +11,7 @@ from speed3r_ros.kernels import frames as frame_kernels
 from speed3r_ros.kernels import selected as selected_kernels
 from speed3r_ros.kernels.frames import Visible
 from speed3r_ros.kernels.qkv import BLOCK
+from speed3r_ros.model import attention
 from speed3r_ros.model.attention import Layer, Tokens, dense, speed3r
 
 HEADS, WIDTH, SPECIALS = 2, 8, 3
@@ -114,6 +115,20 @@ def test_some_frames_are_always_shown(
     layer, tolerance = Layer(always=Visible(shown)), 1e-5 if on_triton else 1e-9
     out = speed3r(q, k, v, Visible(fine), Visible(coarse), specials, top_k, layer)[0].numpy()
     np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance, err_msg=f"seed {seed}")
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 8])
+def test_dense_attention_is_its_definition_however_many_frames_share_a_mask(monkeypatch, together):
+    frames, resident, length = 5, 7, 6
+    monkeypatch.setattr(attention, "ROWS", together * length + 1)
+    q = torch.randn(2, 3, frames * length, 8)
+    k, v = torch.randn(2, 2, 3, resident * length, 8)
+    visible = torch.rand(2, frames, resident) < 0.5
+    visible[..., 0] = True
+    mask = torch.kron(visible, torch.ones(length, length)).bool()[:, None]
+    scores = (q.double() @ k.double().mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    got = dense(Tokens(q), Tokens(k), Tokens(v), Visible(visible), Visible(visible), 0, 1)
+    assert (got - scores.softmax(-1) @ v.double()).abs().max() < 1e-5
 
 
 def test_selection_of_all_blocks_is_dense_attention():

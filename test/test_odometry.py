@@ -186,17 +186,19 @@ def test_a_slow_turn_is_no_standing_still(sequence):
 
 def test_following_needs_landmarks_of_the_same_camera(sequence):
     images, _, _, K = sequence
-    estimate = network(sequence, np.random.default_rng())[0]
+    estimates = network(sequence, np.random.default_rng())
     odometry = Odometry()
     assert odometry.follow(images[0], K) is None  # nothing is known yet
-    odometry.refine(images[0], estimate, True)
+    for image, estimate in zip(images[:2], estimates):
+        odometry.refine(image, estimate, True)
+    assert odometry.tracked
     plain = np.full((*SIZE, 3), 90, np.uint8)
-    for image, K_now in ((images[1][::2], K), (images[1], None), (plain, K), (images[1], K * np.nan)):
-        before = odometry._last, odometry._number, len(odometry._keyframes), odometry._points.copy()
+    for image, K_now in ((images[2][::2], K), (images[2], None), (plain, K), (images[2], K * np.nan)):
+        before = odometry._last, odometry._number, odometry.tracked, len(odometry._keyframes), odometry._points.copy()
         assert odometry.follow(image, K_now) is None
-        after = odometry._last, odometry._number, len(odometry._keyframes)
-        assert after == before[:3] and (odometry._points == before[3]).all()
-    assert odometry.follow(images[1], K) is not None
+        after = odometry._last, odometry._number, odometry.tracked, len(odometry._keyframes)
+        assert after == before[:4] and (odometry._points == before[4]).all()
+    assert odometry.follow(images[2], K) is not None
 
 
 def test_carried_depth_is_what_the_other_view_would_see(sequence):

@@ -20,9 +20,7 @@ PATH_SHARE = 0.6  # of sequences; the others move as in rooms
 PATH_ODDS = (22, 22, 8, 14, 10, 8, 16, 14)
 STEPS = 8  # of a flight of stairs
 OFFSETS = (0.0, 0.0, 0.0, 0.5, -0.5, 1.0)  # where a camera on a robot looks, in half turns from the way it goes
-FASTEST_CIRCLE = (
-    30.0  # degrees per frame interval on average: a short sequence goes less far round, so that its views overlap
-)
+FASTEST_CIRCLE = 30.0  # degrees per frame interval on average: views of a short sequence overlap, too
 
 
 def sample_motions(r: Rng, B: int, motion: int | None) -> Tensor:
