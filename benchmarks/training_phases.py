@@ -69,9 +69,9 @@ def step_in_phases(trainer: Trainer, draw: Draw, watch: Stopwatch) -> None:
     batch = watch("scenes, rendering, sensor", lambda: trainer.batch(draw.order))
     out = watch("forward", lambda: recipe.predict(trainer.model, batch, draw, draw.stage.attention))
     total, _ = watch("losses", lambda: losses(out, batch, draw.shift))
-    trainer.optimiser.zero_grad(set_to_none=True)
+    trainer.network.zero_grad(set_to_none=True)
     watch("backward", total.backward)
-    watch("clipping, AdamW, average", trainer.apply_gradients)
+    watch("clipping, optimiser, average", trainer.apply_gradients)
 
 
 def main() -> None:

@@ -99,9 +99,11 @@ def test_compact_learns_a_batch_by_heart_in_both_stages(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["lr_sparse"] == 3e-3
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_bit_for_bit(optimiser, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "REFRESH", 2)  # steps between new textures
-    settings = config("compact", steps=4, dense_share=0.5, sizes="56x56 56x112", longest=6, ema=0.9)
+    values = dict(steps=4, dense_share=0.5, sizes="56x56 56x112", longest=6, ema=0.9, optimiser=optimiser)
+    settings = config("compact", **values)
     settings = replace(settings, seed=int(torch.randint(2**31, ())))
     Trainer("compact", settings, tmp_path / "whole").run()
     Trainer("compact", settings, tmp_path / "parts").run(until=3)
@@ -365,7 +367,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("recipe, start", [("compact", None), ("distil", "teacher"), ("lite3r", "init")])
 def test_a_step_does_not_wait_for_the_device(recipe, start, tmp_path):
     """Both stages of `compact`; scenes are sampled before."""
-    values = {start: tiny_weights(tmp_path / "weights")} if start else dict(dense_share=0.5)
+    values = {start: tiny_weights(tmp_path / "weights")} if start else dict(dense_share=0.5, optimiser="muon")
     trainer, waits = Trainer(recipe, config(recipe, steps=2, frames=4, **values), tmp_path / "run"), Waits()
     load = trainer.batch
     for trainer.step in range(2):
@@ -525,6 +527,7 @@ def test_every_setting_is_listed_and_read_back(recipe, tmp_path, capsys):
         (["compact", "--out", "o", "--set", "steps=1", "sizes=100x100"], 2, "multiples of 56"),
         (["finetune", "--out", "o", "--set", "steps=1"], 2, "give the folders to fine-tune on"),
         (["lite3r", "--out", "o", "--set", "steps=1", "attention=dense"], 2, "trains lite3r"),
+        (["distil", "--out", "o", "--set", "steps=1", "optimiser=muon", "parallel=fsdp"], 2, "use adamw or ddp"),
         (["compact", "--out", "o", "--config", "none.yaml"], 2, "none.yaml"),
         (["compact", "--out", "o", "--resume"], 2, "o/config.yaml"),
         (["finetune", "--out", "o", "--set", "steps=1", "sequences=nowhere"], 1, "nowhere: not a folder"),

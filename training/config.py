@@ -48,6 +48,11 @@ class TrainingConfig:
     )
     top_k: int = setting(32, "key blocks that a query block attends to, per head", low=1, high=4096)
     bidirectional: bool = setting(False, "let every frame see every frame; off = those that the stream's memory holds")
+    optimiser: str = setting(
+        "adamw",
+        "muon: Muon for the blocks' wide matrices, AdamW for the rest (training/muon.py)",
+        choices=("adamw", "muon"),
+    )
     lr: float = setting(1e-3, "peak learning rate", low=0.0, high=1.0)
     weight_decay: float = setting(0.03, "of matrices; vectors and tokens have none", low=0.0, high=1.0)
     warmup: int = setting(400, "steps of linear warm-up", low=1)
@@ -170,6 +175,8 @@ def require_runnable(recipe: str, config: TrainingConfig) -> None:
             f"steps = {config.steps} and minutes = {config.minutes}: set one of them, the length of the run"
         )
     image_sizes(config)
+    if config.optimiser == "muon" and config.parallel == "fsdp":
+        raise ValueError("optimiser = 'muon': needs whole matrices, which parallel = 'fsdp' splits; use adamw or ddp")
     if recipe == "finetune" and not config.sequences:
         raise ValueError("sequences = '': give the folders to fine-tune on, e.g. --set sequences=DATA/a:DATA/b")
     if recipe == "lite3r" and config.attention != "lite3r":

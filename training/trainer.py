@@ -34,22 +34,32 @@ from speed3r_ros.training import checkpoint
 from speed3r_ros.training.config import TrainingConfig, image_sizes, require_runnable
 from speed3r_ros.training.evaluate import evaluate_rendered
 from speed3r_ros.training.losses import Batch
+from speed3r_ros.training.muon import Muon
 from speed3r_ros.training.recipes import RECIPES, Draw, Order, Stage, draw_sequences, lengths
 from speed3r_ros.training.render import SPLITS
 
 LOG_EVERY = 20.0  # seconds
 AHEAD = 4  # steps whose data is begun before they are
+WIDE = tuple(f"{layer}.weight" for layer in ("qkv", "proj", "fc1", "fc2"))  # names of what Muon can move
+MOMENTS = dict(mean="exp_avg", square="exp_avg_sq")  # their names in a checkpoint and in an optimiser's state
 CLOCK_EVERY = 10  # steps after which processes agree on the time and on a wish to stop
 
 
-def optimiser(network: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW of what is trained; no decay on vectors and tokens."""
+def optimisers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW of what is trained, no decay on vectors and tokens; with `muon`, Muon of the blocks' wide matrices before it."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.dim() >= 2 and "token" not in name and "first" not in name]
-    chosen = {id(p) for p in matrices}
+    wide = [p for name, p in named if config.optimiser == "muon" and name.endswith(WIDE) and p.dim() == 2]
+    chosen = {id(p) for p in wide}
+    matrices = [
+        p for name, p in named if p.dim() >= 2 and "token" not in name and "first" not in name and id(p) not in chosen
+    ]
+    chosen |= {id(p) for p in matrices}
     others = [p for _, p in named if id(p) not in chosen]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95), fused=True)
+    found: list[torch.optim.Optimizer] = [Muon(wide, config.lr, config.weight_decay)] if wide else []
+    if groups := [g for g in groups if g["params"]]:
+        found.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True))
+    return found
 
 
 def learning_rate(peak: float, step: int, progress: float, config: TrainingConfig) -> float:
@@ -145,8 +155,9 @@ class Trainer:
         return self.stages[self.stage_number]
 
     def _prepare_stage(self) -> None:
-        """An optimiser and a wrapper for several processes, made for the present stage."""
-        self.optimiser = optimiser(self.network, self.config)
+        """Optimisers and a wrapper for several processes, made for the present stage."""
+        self.optimisers = optimisers(self.network, self.config)
+        self._states = {p: o.state for o in self.optimisers for group in o.param_groups for p in group["params"]}
         self.model = self.network
         if self.world > 1 and self.config.parallel == "ddp":
             self.model = nn.parallel.DistributedDataParallel(
@@ -221,7 +232,7 @@ class Trainer:
                 partial.write_text(yaml.safe_dump(settings, sort_keys=False))
         if c.compile and self.device.type == "cuda":  # compile before the clock starts
             self._gradients(self.draw())
-            self.optimiser.zero_grad(set_to_none=True)
+            self.network.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
             self.say("compiled")
         handlers = {number: signal.signal(number, self._wish_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -237,7 +248,7 @@ class Trainer:
             if number != self.stage_number:
                 self._next_stage(number)
             rate = learning_rate(self.stage.lr, self.step - self.stage_begun, done, c)
-            for group in self.optimiser.param_groups:
+            for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
                 group["lr"] = rate
             self.look_ahead()
             draw = self.draw()
@@ -275,7 +286,7 @@ class Trainer:
         """Forward and backward; figures to log."""
         self.recipe.resize(draw.order.size)
         total, figures = self.recipe.loss(self.model, self.batch(draw.order), draw)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         total.backward()
         return figures
 
@@ -286,14 +297,16 @@ class Trainer:
     def apply_gradients(self) -> dict[str, Tensor]:
         """Move parameters and their average; non-finite gradients move nothing, on the device, without a synchronisation."""
         norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True))
-        self.optimiser.found_inf = (~torch.isfinite(norm)).float()
-        self.optimiser.step()
+        skipped = (~torch.isfinite(norm)).float()
+        for optimiser in self.optimisers:
+            optimiser.found_inf = skipped
+            optimiser.step()
         age = self.step - self.stage_begun
         decay = min(self.stage.ema, (1 + age) / (10 + age))
         with torch.no_grad():
             parameters = [p.detach() for p in self.parameters.values()]
             torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
-        return dict(grad_norm=norm.detach().clamp(max=1e4), skipped=self.optimiser.found_inf)
+        return dict(grad_norm=norm.detach().clamp(max=1e4), skipped=skipped)
 
     def _wish_to_stop(self, number: int, frame: FrameType | None) -> None:
         self.wished = True
@@ -395,10 +408,9 @@ class Trainer:
         tensors, moments, steps = {}, {}, []
         for name, p in self.parameters.items():
             tensors[f"parameter.{name}"], tensors[f"average.{name}"] = whole(p), whole(self.average[name])
-            state = self.optimiser.state.get(p, {})
+            state = self._states[p].get(p, {})
             steps.append(float(state.get("step", 0)))
-            if state:
-                moments[f"mean.{name}"], moments[f"square.{name}"] = whole(state["exp_avg"]), whole(state["exp_avg_sq"])
+            moments |= {f"{kind}.{name}": whole(state[key]) for kind, key in MOMENTS.items() if key in state}
         network = self.averaged()
         if self.rank:
             return
@@ -425,12 +437,13 @@ class Trainer:
             full = whole(p)
             put(p, checkpoint.decode(f"parameter.{name}", state, full))
             put(self.average[name], checkpoint.decode(f"average.{name}", state, full))
-            if steps:
-                moments = torch.zeros_like(p), torch.zeros_like(p)
-                for moment, kind in zip(moments, ("mean", "square")):
-                    put(moment, checkpoint.decode(f"{kind}.{name}", state, full))
-                steps = torch.tensor(steps, device=p.device)
-                self.optimiser.state[p] = dict(step=steps, exp_avg=moments[0], exp_avg_sq=moments[1])
+            of_p = self._states[p].setdefault(p, {})
+            if steps:  # of AdamW, which begins with its first step
+                of_p |= dict(step=torch.tensor(steps, device=p.device))
+                of_p |= {key: torch.zeros_like(p) for key in MOMENTS.values()}
+            for kind, key in MOMENTS.items():
+                if key in of_p:
+                    put(of_p[key], checkpoint.decode(f"{kind}.{name}", state, full))
 
     def _shard(self) -> None:
         """Split weights, gradients and the optimiser's state over the processes (FSDP); a step gathers the weights."""
