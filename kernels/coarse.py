@@ -30,7 +30,7 @@ from speed3r_ros.kernels.frames import (
 )
 from speed3r_ros.kernels.qkv import differentiated
 
-WORKSPACE = 2**32  # bytes at most for the maxima; more heads than that take turns
+WORKSPACE = 2**30  # bytes at most for the maxima; more heads than that take turns
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, coarse: Visible, fine: Visible, top_k: int) -> tuple[int, int, int]:

@@ -166,7 +166,8 @@ if triton is not None:
         """One tile of BM query rows against one share of its keys.
 
         v has the strides of k. SCORES stores the largest score of each TILE keys of the first `resident` frames, of which
-        RUN neighbours always lie in one frame; BANKED: there are other frames. VALUES stores the attention.
+        RUN neighbours always lie in one frame; BANKED: there are other frames. VALUES stores the attention, where q lies
+        if out is q: no other tile reads these rows.
         """
         tile, split = tl.program_id(0), tl.program_id(2)
         b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -587,9 +588,9 @@ def frame_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     """The kernels; arguments and results of `frame_attention`, and more.
 
-    out: where to write, (B, H, T, X, D) of any type and strides. maxima: (buffer, tile): also store, before scaling, the
-    largest score of every `tile` keys, where buffer is float32 (B, H, T * X, R * `tiles_per_frame(Y, tile)`) and belongs
-    to the first R key frames; entries of frames outside a row's tile's list stay as they were. values=False does only
+    out: where to write, (B, H, T, X, D) of any type and strides, maybe q itself. maxima: (buffer, tile): also store, before
+    scaling, the largest score of every `tile` keys, where buffer is float32 (B, H, T * X, R * `tiles_per_frame(Y, tile)`) and
+    belongs to the first R key frames; entries of frames outside a row's tile's list stay as they were. values=False does only
     that. splits: shares of the keys that run side by side; sizes: tile sizes, both chosen by shape if None. join=False
     returns the shares' results if there are several, float32 (splits, B, H, T, X, D) and (splits, B, H, T, X), for
     `_join`.

@@ -34,10 +34,12 @@ def selected_attention_gathered(
     specials: int,
     group: int = 1,
     shown: Visible | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Arguments and results of `selected.selected_attention`, for B = 1 and frames that see at least one."""
     (heads, rows, width), frames = q.shape[1:], fine.table.shape[1]
-    out = torch.empty(1, rows, heads, width, dtype=q.dtype).transpose(1, 2)
+    if out is None:
+        out = torch.empty(1, rows, heads, width, dtype=q.dtype).transpose(1, 2)
     per_frame = (x.unflatten(2, (frames, -1)).unbind(2) for x in (q, index, compressed, gate, out))
     for frame, (q, index, compressed, gate, part) in enumerate(zip(*per_frame)):
         visible = fine.table[0, frame].nonzero()[:, 0]

@@ -107,23 +107,26 @@ def prepare_tokens_reference(
     specials: int,
     slot: Slot | None = None,
     eps: float = EPS,
+    out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """Plain torch; arguments and results of `prepare_tokens`."""
     blocks = check(qkv, q_norm, k_norm, (cos, sin, cos_pooled, sin_pooled), specials)
     high = torch.promote_types(qkv.dtype, torch.float32)
     raw = qkv.to(high)
 
-    out = []
+    made = []
     pooled = raw[:, specials:].unflatten(1, (blocks, BLOCK)).mean(2)
     for x, c, s in ((raw, cos, sin), (pooled, cos_pooled, sin_pooled)):
-        out += [*transform(x[:, :, :2], q_norm, k_norm, c, s, eps).unbind(2), x[:, :, 2]]
-    out = [x.to(qkv.dtype).permute(2, 0, 1, 3) for x in out]
+        made += [*transform(x[:, :, :2], q_norm, k_norm, c, s, eps).unbind(2), x[:, :, 2]]
+    made = [x.to(qkv.dtype).permute(2, 0, 1, 3) for x in made]
+    if out is not None:
+        return tuple(place.copy_(x.transpose(0, 1)) for place, x in zip(out, made))
     if slot is None:
-        return tuple(x.contiguous().transpose(0, 1) for x in out)
-    for buffer, parts in ((slot.fine, out[1:3]), (slot.pooled, out[4:])):
+        return tuple(x.contiguous().transpose(0, 1) for x in made)
+    for buffer, parts in ((slot.fine, made[1:3]), (slot.pooled, made[4:])):
         for all_frames, x in zip(buffer, parts):
             all_frames.index_copy_(1, slot.index, x.detach())  # else buffers would hold the graphs of all frames
-    q, q_pooled = (x.contiguous().transpose(0, 1) for x in (out[0], out[3]))
+    q, q_pooled = (x.contiguous().transpose(0, 1) for x in (made[0], made[3]))
     return q, *slot.fine.transpose(1, 2), q_pooled, *slot.pooled.transpose(1, 2)
 
 
@@ -538,16 +541,20 @@ def prepare_tokens_triton(
     specials: int,
     slot: Slot | None = None,
     eps: float = EPS,
+    out: tuple[Tensor, ...] | None = None,
     sizes: dict[str, int] | None = None,
 ) -> tuple[Tensor, ...]:
     """The kernel; arguments and results of `prepare_tokens`. sizes: see `sizes_of`."""
     blocks = check(qkv, q_norm, k_norm, (cos, sin, cos_pooled, sin_pooled), specials)
     frames, length, _, heads, width = qkv.shape
-    parts = 3 if slot is None else 1
-    fine, pooled = (
-        list(torch.empty(parts, heads, frames, rows, width, dtype=qkv.dtype, device=qkv.device).transpose(1, 2))
-        for rows in (length, blocks)
-    )
+    if out is None:
+        parts = 3 if slot is None else 1
+        fine, pooled = (
+            list(torch.empty(parts, heads, frames, rows, width, dtype=qkv.dtype, device=qkv.device).transpose(1, 2))
+            for rows in (length, blocks)
+        )
+    else:
+        fine, pooled = out[:3], out[3:]
     if slot is not None:
         fine += slot.fine.transpose(1, 2)
         pooled += slot.pooled.transpose(1, 2)
@@ -703,6 +710,7 @@ def prepare_tokens(
     specials: int,
     slot: Slot | None = None,
     eps: float = EPS,
+    out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """Normalised, rotated q, k and plain v of all tokens of a global block, and the same of the blocks' raw means.
 
@@ -710,13 +718,15 @@ def prepare_tokens(
     cos_pooled, sin_pooled: (1, G, 1, D); None for no rotation. All arithmetic in float32. Returns q, k, v (F, H, L, D) and
     pooled q, k, v (F, H, G, D) in qkv's type, each stored heads first so that frames and tokens flatten into one axis
     without a copy. With a slot, F is 1, and k, v, pooled k and v, without gradients, are all that the slot's buffers hold, of
-    N and M frames, this one included. Raises ValueError on shapes that do not fit.
+    N and M frames, this one included. out: where to write the six results instead, only without a slot and where no
+    gradients are recorded; fine q may lie in memory as it likes, k as v, and of pooled ones each head's G * D in a row, k as v.
+    Raises ValueError on shapes that do not fit.
     """
     arguments = qkv, q_norm, k_norm, cos, sin, cos_pooled, sin_pooled, specials
     if slot is not None and len(qkv) != 1:
         raise ValueError(f"a slot takes one frame, not {len(qkv)}")
     if not fused(qkv):
-        return prepare_tokens_reference(*arguments, slot, eps)
+        return prepare_tokens_reference(*arguments, slot, eps, out)
     if slot is None and differentiated(qkv, q_norm, k_norm):
         return PrepareTokens.apply(*arguments, eps)
-    return prepare_tokens_triton(*arguments, slot, eps)
+    return prepare_tokens_triton(*arguments, slot, eps, out)

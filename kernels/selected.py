@@ -129,7 +129,7 @@ class Begun:
     beside: Beside
 
 
-def begin(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int) -> Begun:
+def begin(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int, out: Tensor | None = None) -> Begun:
     """Start what `selected_attention` can do before blocks are chosen; arguments as there.
 
     That is the special queries and, of one frame, the patches' attention to special tokens.
@@ -138,7 +138,10 @@ def begin(q: Tensor, k: Tensor, v: Tensor, fine: Visible, specials: int) -> Begu
     frames, resident = fine.table.shape[1:]
     q = q.unflatten(2, (frames, rows // frames))
     k, v = alike(k.unflatten(2, (resident, -1)), v.unflatten(2, (resident, -1)))
-    out = torch.empty(b, frames, q.shape[3], h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
+    if out is None:
+        out = torch.empty(b, frames, q.shape[3], h, d, dtype=q.dtype, device=q.device).permute(0, 3, 1, 2, 4)
+    else:
+        out = out.unflatten(2, (frames, -1))
     beside = Beside(q.device, frames == 1 and specials > 0)  # one frame's queries leave most of the device idle
     lse = torch.empty(b, h, frames, 0, device=q.device)
     partial = None
@@ -166,6 +169,7 @@ def selected_attention_reference(
     specials: int,
     group: int = 1,
     shown: Visible | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Plain torch; arguments and results of `selected_attention`."""
     frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group, shown)
@@ -182,11 +186,12 @@ def selected_attention_reference(
     mask = mask.flatten(4, 5).flatten(2, 3)
     seen = table.any(1).repeat_interleave(length, 1)[:, None, :, None]  # what nobody sees may hold anything, also NaN
     k, v = k.masked_fill(~seen, 0), v.masked_fill(~seen, 0)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(~mask.any(-1, keepdim=True), 0)
-    out, gate = out.unflatten(2, (frames, length)), gate.unflatten(2, (frames, length))[:, :, :, specials:]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(~mask.any(-1, keepdim=True), 0)
+    attended, gate = attended.unflatten(2, (frames, length)), gate.unflatten(2, (frames, length))[:, :, :, specials:]
     coarse = compressed.unflatten(2, (frames, blocks)).repeat_interleave(BLOCK, 3)
-    patches = gate[..., :1] * coarse + gate[..., 1:] * out[:, :, :, specials:]
-    return torch.cat([out[:, :, :, :specials], patches], 3).flatten(2, 3)
+    patches = gate[..., :1] * coarse + gate[..., 1:] * attended[:, :, :, specials:]
+    joined = torch.cat([attended[:, :, :, :specials], patches], 3).flatten(2, 3)
+    return joined if out is None else out.copy_(joined)
 
 
 if triton is not None:
@@ -266,9 +271,9 @@ if triton is not None:
     ):
         """The queries of GROUP neighbouring blocks against special tokens and chosen blocks, 16 * STEP tokens at a time.
 
-        v has the strides of k. PASSED_ON: `partial` and `partial_lse` hold the attention to the S special tokens. SHOWN:
-        `whole` and `whole_lse` hold that to the patches of the frames shown whole. SAVED: keep the attention before the gate
-        and the logarithm of its sum of exponentials, for the backward pass.
+        v has the strides of k. out may be q: no other program reads these queries. PASSED_ON: `partial` and `partial_lse` hold
+        the attention to the S special tokens. SHOWN: `whole` and `whole_lse` hold that to the patches of the frames shown
+        whole. SAVED: keep the attention before the gate and the logarithm of its sum of exponentials, for the backward pass.
         """
         GROUPS: tl.constexpr = (G + GROUP - 1) // GROUP
         t, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
@@ -578,6 +583,7 @@ def attend_to_selected(
     passed_on: bool | None = None,
     save: bool = False,
     begun: Begun | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The output of `selected_attention`, and with `save` what the backward pass needs.
 
@@ -585,9 +591,10 @@ def attend_to_selected(
     patches (B, H, T, 16 G) and special queries (B, H, T, S). group: a power of two. sizes: see `step_sizes`. passed_on:
     whether patches of several frames attend to special tokens in a launch of its own, by default if that is more than to
     their chosen blocks; those of one frame do. begun: what `begin` returned for the same arguments, if it was called before.
+    out: without `save` and `begun`.
     """
     frames, resident, length, blocks = check(q, k, index, compressed, gate, fine, specials, group, shown)
-    begun = begun or begin(q, k, v, fine, specials)
+    begun = begun or begin(q, k, v, fine, specials, out)
     out, special_lse = begun.out, begun.lse
     b, h, _, d = q.shape
     q, gate = q.unflatten(2, (frames, length)), gate.unflatten(2, (frames, length))
@@ -819,6 +826,7 @@ def selected_attention(
     group: int = 1,
     shown: Visible | None = None,
     begun: Begun | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Fine attention of every query block to its chosen key blocks, and the gated sum with the compressed output.
 
@@ -828,12 +836,18 @@ def selected_attention(
     chosen blocks, to all tokens of the frames `shown` to them and to the first `specials` tokens of every frame that they
     see; their output is gate[..., 0] * compressed + gate[..., 1] * attended. shown: of a table like fine's and within it, or
     None for no frame; none of their blocks may be in the index. Special queries attend to all tokens of those frames, ungated.
-    begun: what `begin_selected` returned for the same arguments. Returns (B, H, T * L, D), stored so that
-    `transpose(1, 2)` is contiguous. Raises ValueError on shapes that do not fit.
+    begun: what `begin_selected` returned for the same arguments. out: where to write, maybe q itself, of which nothing is read
+    once it is written. Returns (B, H, T * L, D), if not out stored so that `transpose(1, 2)` is contiguous. Raises ValueError on
+    shapes that do not fit, and on an `out` where gradients are recorded or something has begun.
     """
+    arguments = q, k, v, index, compressed, gate, fine, specials, group, shown
+    if out is not None and (begun is not None or differentiated(q, k, v, compressed, gate)):
+        raise ValueError("out: gradients are recorded, or the output has begun to be written elsewhere")
     if begun is not None or on_kernels(q):
-        return SelectedAttention.apply(q, k, v, index, compressed, gate, fine, specials, group, shown, begun)
+        if out is not None:
+            return attend_to_selected(*arguments, out=out)[0]
+        return SelectedAttention.apply(*arguments, begun)
     if on_gathered(q, fine):
         check(q, k, index, compressed, gate, fine, specials, group, shown)
-        return selected_attention_gathered(q, k, v, index, compressed, gate, fine, specials, group, shown)
-    return selected_attention_reference(q, k, v, index, compressed, gate, fine, specials, group, shown)
+        return selected_attention_gathered(*arguments, out)
+    return selected_attention_reference(*arguments, out)

@@ -33,13 +33,15 @@ class Tokens:
     fine: (B, H, frames * L, D), normalised and rotated. pooled: (B, H, frames * G, D): raw tokens averaged over each
     block, then normalised and rotated at the block's mean position (Speed3R); None where only dense attention follows.
     gate: (B, H, frames * L, 2), only of queries. x: the block's normalised input (B, frames * L, C), only of queries and only
-    for strategies that read it.
+    for strategies that read it. given_up: whether a strategy may write its result over `fine`, only of queries and only where
+    no gradients are recorded.
     """
 
     fine: Tensor
     pooled: Tensor | None = None
     gate: Tensor | None = None
     x: Tensor | None = None
+    given_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,13 @@ class Speed3R(Strategy):
         layer: Layer = SOME_LAYER,
     ) -> Tensor:
         """See `Strategy.__call__`."""
-        begun = begin_selected(q.fine, k.fine, v.fine, fine, specials)
+        out = q.fine if q.given_up else None
+        begun = None if q.given_up else begin_selected(q.fine, k.fine, v.fine, fine, specials)
         always = layer.always
         choosable = fine if always is None else Visible(fine.table & ~always.table)
         compressed, index = coarse_attention(q.pooled, k.pooled, v.pooled, coarse, choosable, top_k)
         return selected_attention(
-            q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials, shown=always, begun=begun
+            q.fine, k.fine, v.fine, index, compressed, q.gate, fine, specials, shown=always, begun=begun, out=out
         )
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tiny_backbones
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import backbone_stream
 import layer_sensitivity
 import spark3r_stream
+import strategies
 import training_phases
 
 from speed3r_ros.training.config import CompactConfig, with_values
@@ -85,3 +87,55 @@ def test_a_step_in_phases_is_one_of_the_trainer(tmp_path):
     training_phases.step_in_phases(parts, parts.draw(), training_phases.Stopwatch())
     for name, value in whole.parameters.items():
         assert torch.equal(parts.parameters[name], value), f"seed {seed}: {name}"
+
+
+@pytest.mark.parametrize("name, heads", [("vggt", 2), ("da3", 1)])
+@pytest.mark.parametrize("attention", ["dense", "speed3r", "spark3r"])
+@torch.inference_mode()
+def test_a_stopwatch_sees_each_part_of_a_network_once_and_leaves_no_trace(name, heads, attention):
+    model, views, chunk = tiny_backbones.tiny_backbone(name), 10, 8
+    images, strategy = torch.rand(1, views, 3, 56, 56), strategies.OPTIONS[attention]
+    expected = strategies.forward(model, images, strategy, False)[0]
+    watch = strategies.Stopwatch(on_gpu=False)
+    with strategies.watched(model, watch):
+        out = strategies.forward(model, images, strategies.Timed(strategy, watch), False)[0]
+    assert torch.equal(out.points, expected.points) and torch.equal(out.T_world_cam, expected.T_world_cam)
+    assert not any({"forward", "after", "project"} & vars(module).keys() for module in model.modules())
+
+    calls, chunks = {part: len(marks) for part, marks in watch.marks.items()}, -(-views // chunk)
+    assert calls["attention across views"] == len(model.across_views)
+    inside = sum(isinstance(module, strategies.Block) for module in model.modules()) - len(model.across_views)
+    elsewhere = sum(
+        isinstance(m, strategies.Block) for n, m in model.named_modules() if n.startswith(model.full_precision)
+    )
+    blocks = {part: count for part, count in calls.items() if part.endswith("blocks")}
+    assert sum(blocks.values()) == chunks * (inside - elsewhere)
+    dense_heads = [part for part in calls if part.endswith(("point_head", "depth_head", "model.head"))]
+    assert len(dense_heads) == heads and all(calls[part] == chunks for part in dense_heads)
+    marks = sorted(mark for part in watch.marks.values() for mark in part)
+    assert all(end <= start for (_, end), (start, _) in zip(marks, marks[1:]))  # nothing counts twice
+    assert sum(watch.seconds().values()) <= marks[-1][1] - marks[0][0]
+
+
+def test_a_profile_is_two_tables_per_configuration(monkeypatch, capsys):
+    options = "--tiny --profile --backbones da3-large --strategies dense spark3r"
+    monkeypatch.setattr(sys, "argv", ["strategies.py", *options.split()])
+    strategies.main()
+    sections = capsys.readouterr().out.split("#### ")[1:]
+    assert [part.split("\n")[0] for part in sections] == [
+        f"{views} views, fp32, {name}" for views in (4, 101) for name in ("dense", "spark3r")
+    ]
+    for section in sections:
+        parts, operations = (
+            [
+                [cell.strip() for cell in line.strip("|").split("|")]
+                for line in table.splitlines()
+                if line.startswith("| ")
+            ]
+            for table in section.split("| operation |")
+        )
+        *rows, whole = parts[1:]
+        assert sum(float(row[1]) for row in rows) == pytest.approx(float(whole[1]), abs=1e-4 * len(parts))
+        assert "attention across views" in [row[0] for row in rows]
+        assert 0 < len(operations) <= strategies.KERNELS
+        assert all(row[0].startswith("aten::") and int(row[1]) > 0 for row in operations)

@@ -376,6 +376,30 @@ def test_heads_that_take_turns_give_the_same(monkeypatch):
     assert torch.equal(selected_module.selected_attention_triton(*case, passed_on=True), expected)
 
 
+@pytest.mark.parametrize("on_triton", [False, pytest.param(True, marks=needs_kernels)])
+@pytest.mark.parametrize("t, n, g, s, group, share", [(3, 3, 2, 5, 1, 0.5), (4, 4, 3, 0, 2, 0), (1, 2, 2, 1, 1, 0)])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_selected_attention_may_be_written_over_its_queries(
+    monkeypatch, sequences, t, n, g, s, group, share, on_triton
+):
+    monkeypatch.setattr(selected_module, "on_kernels", lambda _: on_triton)
+    monkeypatch.setattr(selected_module, "WORKSPACE", 1)  # heads take turns
+    case = selected_case(sequences, t, n, g, s, 16, 2, group, share=share)
+    case[6].table[:, :, 0] = True  # for a single sequence on a CPU, each frame sees one
+    q, k, v = (x.nan_to_num(0, 0, 0) for x in case[:3])
+    expected = selected_by_rows(q, k, v, *case[3:])
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # token by token
+    out = selected_attention(q, k, v, *case[3:], out=q)
+    assert out.data_ptr() == q.data_ptr() and torch.equal(out, q)
+    assert error(out, expected) < TOLERANCE[torch.float32]
+
+
+def test_selected_attention_that_is_differentiated_is_written_over_nothing():
+    q, *case = selected_case(1, 2, 2, 1, 1, 16, 2, 1)
+    with pytest.raises(ValueError, match="gradients are recorded"):
+        selected_attention(q.requires_grad_(), *case, out=q)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "t, n, g, s, top_k, share", [(1, 5, 3, 5, 4, 0), (1, 1, 2, 5, 9, 1), (2, 3, 2, 1, 3, 0.5), (1, 4, 2, 0, 3, 0)]

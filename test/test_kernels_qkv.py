@@ -146,6 +146,25 @@ def test_keys_and_values_go_into_their_slot_alone(run):
         assert a[:2].isnan().all() and a[3:].isnan().all()
 
 
+@pytest.mark.parametrize("run", [prepare_tokens_reference, pytest.param("kernel", marks=needs_kernels)])
+def test_frames_go_into_their_part_of_larger_tensors_alone(run):
+    run = module.prepare_tokens_triton if run == "kernel" else run
+    (frames, specials, blocks, heads, width), first, total = (2, 5, 3, 2, 16), 1, 4
+    arguments, _ = arguments_of((frames, specials, blocks, heads, width), 2, True)
+
+    def room(*shape):
+        return torch.full(shape, torch.nan, device=DEVICE).transpose(1, 2)
+
+    length = specials + 16 * blocks
+    q = room(total, length, heads, width)  # token by token
+    whole = [q, *room(2, heads, total, length, width), *room(3, heads, total, blocks, width)]
+    out = run(*arguments, out=tuple(x[first : first + frames] for x in whole))
+    for x, part, expected in zip(whole, out, prepare_tokens_reference(*arguments)):
+        assert part.data_ptr() == x[first].data_ptr() and part.stride() == x.stride()
+        torch.testing.assert_close(x[first : first + frames], expected)
+        assert x[:first].isnan().all() and x[first + frames :].isnan().all()
+
+
 def test_wrong_shapes_are_named():
     arguments = case(1, 2, 2, 1, 16)
     with pytest.raises(ValueError, match="qkv"):

@@ -38,16 +38,20 @@ if TYPE_CHECKING:  # it imports this module
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 14
 SIDE = 4  # patches along the side of a block
+TURNS = 8  # at most, in which queries, keys and values are made: few, so that their matrix products stay large
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines of a rotary embedding, (1, X, 1, D)
 
 
 def by_frames(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], chunk: int, *inputs: Tensor, out: Tensor | None = None
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    chunk: int,
+    *inputs: Tensor,
+    out: Tensor | tuple[Tensor, ...] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """`function` of tensors (F, ...), `chunk` frames at a time, so that its temporary memory does not grow with F.
 
-    out: where to write a single result, maybe the first input itself; ignored while gradients are recorded. ValueError on a
+    out: where to write the result or results, maybe inputs themselves; ignored while gradients are recorded. ValueError on a
     chunk below 1.
     """
     if chunk < 1:
@@ -59,7 +63,7 @@ def by_frames(
     if recording:
         parts = [function(*part) for part in zip(*(x.split(chunk) for x in inputs))]
         return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts)))
-    joined = None if out is None else (out,)
+    joined = (out,) if isinstance(out, Tensor) else out
     for first in range(0, frames, chunk):
         result = function(*(x[first : first + chunk] for x in inputs))
         parts = (result,) if isinstance(result, Tensor) else result
@@ -244,10 +248,32 @@ class Attention(nn.Module):
         return q, *slot.fine.transpose(1, 2)
 
     def prepare_in_blocks(
-        self, qkv: Tensor, tables: Tables, pooled: Tables, specials: int, slot: Slot | None = None
+        self,
+        qkv: Tensor,
+        tables: Tables,
+        pooled: Tables,
+        specials: int,
+        slot: Slot | None = None,
+        out: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, ...]:
-        """The same and, for the means of each block, pooled q, k, v (F, H, G, D)."""
-        return prepare_tokens(qkv, *self.norms(), *tables, *pooled, specials, slot, self.qk_eps or 0.0)
+        """The same and, for the means of each block, pooled q, k, v (F, H, G, D). out: see `prepare_tokens`."""
+        return prepare_tokens(qkv, *self.norms(), *tables, *pooled, specials, slot, self.qk_eps or 0.0, out)
+
+    def room(self, frames: int, length: int, specials: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Where the results of `prepare_in_blocks` for so many frames go, and after them `gates`.
+
+        Keys and values lie heads first, as they are gathered; queries token by token, as the projection after attention
+        reads what was written over them.
+        """
+        dtype, width = compute_dtype(self.qkv), self.proj.in_features // self.heads
+        blocks = (length - specials) // BLOCK
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        q, gate = (empty(frames, length, self.heads, n).transpose(1, 2) for n in (width, 2))
+        keys = empty(2, self.heads, frames, length, width).transpose(1, 2)
+        return q, *keys, *empty(3, self.heads, frames, blocks, width).transpose(1, 2), gate
 
     def gates(self, h: Tensor) -> Tensor:
         """Normalised input (F, L, C) -> gates of the compressed and of the selected output (F, H, L, 2).
@@ -373,8 +399,6 @@ class AcrossViews:
 
     def before(self, block: Block, x: Tensor, number: int) -> tuple[Tokens, Tokens, Tokens]:
         """Input (F, L, C) -> queries, keys and values of B sequences; keys and values lie in memory alike."""
-        h = block.norm_first(x)
-        qkv = block.attn.project(h)
         slot = None if self.memory is None else self.memory.slot(number)
         batch = len(x) // self.views
 
@@ -383,12 +407,26 @@ class AcrossViews:
             return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
         if self.pooled is None:
-            q, k, v = map(sequences, block.attn.prepare(qkv, self.tables, slot))
+            h = block.norm_first(x)
+            q, k, v = map(sequences, block.attn.prepare(block.attn.project(h), self.tables, slot))
             given = h.unflatten(0, (batch, -1)).flatten(1, 2) if self.attention.reads_input else None
             return Tokens(q, x=given), Tokens(k), Tokens(v)
-        tokens = block.attn.prepare_in_blocks(qkv, self.tables, self.pooled, self.specials, slot)
-        q, k, v, q_pooled, k_pooled, v_pooled, gate = map(sequences, (*tokens, block.attn.gates(h)))
-        return Tokens(q, q_pooled, gate), Tokens(k, k_pooled), Tokens(v, v_pooled)
+
+        def prepared(x: Tensor, *out: Tensor) -> tuple[Tensor, ...]:
+            h = block.norm_first(x)
+            qkv = block.attn.project(h)
+            tokens = block.attn.prepare_in_blocks(qkv, self.tables, self.pooled, self.specials, slot, out[:6] or None)
+            return *tokens, block.attn.gates(h)
+
+        turn = max(self.chunk, -(-len(x) // TURNS))
+        in_turns = len(x) > turn and not torch.is_grad_enabled()
+        if in_turns:  # else raw ones of all views beside prepared ones would be the most that the network holds
+            room = block.attn.room(*x.shape[:2], self.specials, x.device)
+            tokens = by_frames(prepared, turn, x, *room, out=room)
+        else:
+            tokens = prepared(x)
+        q, k, v, q_pooled, k_pooled, v_pooled, gate = map(sequences, tokens)
+        return Tokens(q, q_pooled, gate, given_up=in_turns), Tokens(k, k_pooled), Tokens(v, v_pooled)
 
     def __call__(self, block: Block, x: Tensor, number: int, reference: Tensor | None = None) -> Tensor:
         """(F, L, C) -> (F, L, C), in x's place where no gradients are recorded. number, reference: see `Layer`."""
@@ -399,6 +437,7 @@ class AcrossViews:
             tokens = tokens[0], Tokens(k), Tokens(v)
         layer = Layer(number, number in self.sensitive, self.unmasked, reference, linear, self.always, bias)
         out = self.attention(*tokens, self.fine, self.coarse, self.specials, self.top_k, layer)
+        del tokens  # their memory is for the temporary tensors of the block's rest
         out = out.unflatten(2, (self.views, -1)).transpose(1, 2).flatten(0, 1)
         return by_frames(block.after, self.chunk, x, out, out=x)
 

@@ -27,8 +27,10 @@ def add_plane(x: Tensor, aspect: float) -> Tensor:
     """Feature maps (f, C, h, w) plus a tenth of the sinusoidal embedding of their places in the view plane."""
     quarter = x.shape[1] // 4
     rate = 100.0 ** (-torch.arange(quarter, device=x.device, dtype=torch.float64) / quarter)
-    u, v = (rate[:, None, None] * y for y in view_plane(*x.shape[2:], aspect, x.device, torch.float64))
-    return x + 0.1 * torch.cat([u.sin(), u.cos(), v.sin(), v.cos()]).to(x.dtype)
+    u, v = view_plane(*x.shape[2:], aspect, x.device, torch.float64)
+    u, v = rate[:, None, None] * u[:1], rate[:, None, None] * v[:, :1]  # one row, one column: all are the same
+    waves = (0.1 * y.to(x.dtype) for y in (u.sin(), u.cos(), v.sin(), v.cos()))
+    return x + torch.cat([y.expand(-1, *x.shape[2:]) for y in waves])
 
 
 def planes(maps: Tensor) -> tuple[Tensor, ...]:

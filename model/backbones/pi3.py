@@ -251,6 +251,7 @@ class Pi3(MultiView):
         x = layout.arrange(x)
         if x is given:
             x = x.clone()  # the blocks write in its place
+        del given
         tables = self._tables(layout.at)
         width = tables[0].shape[-1]
         across = AcrossViews.of(
@@ -318,8 +319,9 @@ class Pi3(MultiView):
         if working != tuple(size):
             images = F.interpolate(images, working, mode="bilinear", antialias=True)
         grid = patch_grid(*working)
-        x, attention = self.encode(images, chunk), attention or self.attention
-        decoded = self.decode(x, views, grid, attention, top_k, chunk, sight=sight)
+        attention = attention or self.attention
+        # the patch tokens have no name here, so that they are freed once the decoder has made its own of them
+        decoded = self.decode(self.encode(images, chunk), views, grid, attention, top_k, chunk, sight=sight)
         return self.heads(decoded, views, grid, size, chunk)
 
 
