@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import tiny_backbones
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import accuracy
 import backbone_stream
 import layer_sensitivity
 import spark3r_stream
 import strategies
 import training_phases
 
+from speed3r_ros.model import weights
+from speed3r_ros.model.lite3r import add_linear_branch
+from speed3r_ros.model.network import Network, NetworkConfig
 from speed3r_ros.training.config import CompactConfig, with_values
 from speed3r_ros.training.trainer import Trainer
 
@@ -139,3 +144,28 @@ def test_a_profile_is_two_tables_per_configuration(monkeypatch, capsys):
         assert "attention across views" in [row[0] for row in rows]
         assert 0 < len(operations) <= strategies.KERNELS
         assert all(row[0].startswith("aten::") and int(row[1]) > 0 for row in operations)
+
+
+@torch.no_grad()
+def test_accuracy_has_a_row_for_each_attention_that_the_weights_know(tmp_path, monkeypatch, capsys):
+    network = Network(NetworkConfig(56, 56, channels=64, encoder_blocks=1, alternating_blocks=2, stem=8, decoder=4))
+    for block in network.across_views:
+        nn.init.normal_(block.proj.weight, std=0.3)
+    for layer in (network.camera_fc2, network.point_conv3):
+        nn.init.normal_(layer.weight, std=0.3)
+    weights.save(network, tmp_path / "plain")
+    for weight in add_linear_branch(network):
+        nn.init.normal_(weight)
+    weights.save(network, tmp_path / "branch")
+
+    def rows(folder):
+        options = ["--weights", str(folder), "--sequences", "1", "--views", "2", "--splits", "rooms"]
+        monkeypatch.setattr(sys, "argv", ["accuracy.py", *options])
+        accuracy.main()
+        table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| rooms")]
+        return {name.partition(": ")[2].rpartition(",")[0]: figures for name, *figures in table}
+
+    assert list(rows(tmp_path / "plain")) == ["dense", "speed3r"]
+    found = rows(tmp_path / "branch")
+    alone = found["lite3r, chosen blocks alone"]
+    assert found["lite3r"] != alone and alone == found["dense"]  # so few blocks that all are chosen
