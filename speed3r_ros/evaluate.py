@@ -294,25 +294,30 @@ class DepthPairs:
             self._frames.append((depth[valid].astype(np.float64), true[valid].astype(np.float64), confidence[valid]))
 
     def errors(self, scale: float) -> dict[str, float] | None:
-        """Means over frames, after each one's median scale and after the trajectory's one, and those of a constant."""
+        """Means over frames, after each one's median scale, after the trajectory's one and after the sequence's median one,
+        and those of a constant; and how far the frames' scales lie apart."""
         if not self._frames:
             return None
         constant = float(np.median([np.median(true) for _, true, _ in self._frames]))
+        scales = np.array([np.median(true / depth) for depth, true, _ in self._frames])
+        middle, (low, high) = np.median(scales), np.percentile(scales, (10, 90))
         rows = [
             (
                 *depth_errors(depth * np.median(true / depth), true),
                 *depth_errors(np.full_like(true, np.median(true)), true),
                 *(depth_errors(depth * scale, true) if scale > 0 else (1.0, 0.0)),
                 *depth_errors(np.full_like(true, constant), true),
+                *depth_errors(depth * middle, true),
             )
             for depth, true, _ in self._frames
         ]
         names = [
             f"{metric}{which}"
-            for which in ("", "_constant", "_one_scale", "_one_constant")
+            for which in ("", "_constant", "_one_scale", "_one_constant", "_median_scale")
             for metric in ("absrel", "delta125")
         ]
-        return {"frames": len(rows)} | dict(zip(names, np.mean(rows, 0).tolist()))
+        means = dict(zip(names, np.mean(rows, 0).tolist()))
+        return {"frames": len(rows)} | means | {"scale_spread": float(high / low)}
 
     def sparsification(self) -> Sparsification | None:
         """Of the relative errors of all pixels after each frame's median scale."""

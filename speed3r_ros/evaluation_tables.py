@@ -56,6 +56,8 @@ TABLES: dict[str, dict[str, Column]] = {  # title: columns
         "d1.25": (["depth.delta125"], ["depth.delta125_constant"], ".3f"),
         "AbsRel, one scale": (["depth.absrel_one_scale"], ["depth.absrel_one_constant"], ".3f"),
         "d1.25, one scale": (["depth.delta125_one_scale"], ["depth.delta125_one_constant"], ".3f"),
+        "AbsRel, median scale": (["depth.absrel_median_scale"], ["depth.absrel_one_constant"], ".3f"),
+        "scale spread": (["depth.scale_spread"], [], ".2f"),
         "AUSE": (["confidence.ause"], ["confidence.ause_random"], ".3f"),
         "error in the worst fifth": (["confidence.worst_fifth"], ["chance"], ".1%"),
         "focal": (["focal.median"], ["focal.usual"], ".3f"),

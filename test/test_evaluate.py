@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from doubles import SIZE, STEP, ScriptedEngine, step_transform
 
 from speed3r_ros import cli
 from speed3r_ros.config import Config, with_values
-from speed3r_ros.evaluate import SCHEMA, evaluate, evaluate_all
+from speed3r_ros.evaluate import SCHEMA, DepthPairs, evaluate, evaluate_all
 from speed3r_ros.evaluation_tables import median_of
 from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error, read_tum
 from speed3r_ros.model import weights
@@ -107,9 +108,23 @@ def test_known_poses_and_depth_give_known_numbers(rng, tmp_path, pipeline, unit)
     assert found["depth"]["absrel"] == pytest.approx(0.5 * share, rel=1e-3)
     assert found["depth"]["absrel_one_scale"] == pytest.approx(0.5 * share, rel=1e-3)
     assert found["depth"]["delta125"] == found["depth"]["delta125_one_scale"] == pytest.approx(1 - share)
+    assert found["depth"]["absrel_median_scale"] == pytest.approx(0.5 * share, rel=1e-3)
+    assert found["depth"]["scale_spread"] == pytest.approx(1)
     assert found["depth"]["absrel_constant"] > 0.2
     assert found["confidence"]["ause"] == pytest.approx(0, abs=1e-3)  # every wrong pixel has less confidence
     assert found["confidence"]["worst_fifth"] == pytest.approx(0.2 / share, rel=0.02)
+
+
+def test_the_scale_of_depth_that_wavers_is_told_apart_from_its_shape(rng):
+    pairs, shape = DepthPairs(), rng.uniform(1, 5, SIZE).astype(np.float32)
+    factors = np.exp(rng.normal(0, 0.3, 30))
+    for factor in factors:
+        pairs.add(SimpleNamespace(depth=shape, confidence=np.ones(SIZE)), shape * np.float32(factor))
+    found = pairs.errors(2.0)
+    assert found["absrel"] == pytest.approx(0, abs=1e-5)
+    assert found["absrel_one_scale"] == pytest.approx(np.abs(2 / factors - 1).mean(), rel=1e-3)
+    assert found["absrel_median_scale"] == pytest.approx(np.abs(np.median(factors) / factors - 1).mean(), rel=1e-3)
+    assert found["scale_spread"] == pytest.approx(np.quantile(factors, 0.9) / np.quantile(factors, 0.1), rel=1e-3)
 
 
 def test_withheld_intrinsics_are_scored(rng, tmp_path, pipeline):
