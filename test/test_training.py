@@ -565,6 +565,7 @@ def test_every_setting_is_listed_and_read_back(recipe, tmp_path, capsys):
         (["finetune", "--out", "o", "--set", "steps=1"], 2, "give the folders to fine-tune on"),
         (["lite3r", "--out", "o", "--set", "steps=1", "attention=dense"], 2, "trains lite3r"),
         (["distil", "--out", "o", "--set", "steps=1", "optimiser=muon", "parallel=fsdp"], 2, "use adamw or ddp"),
+        (["lite3r", "--out", "o", "--set", "steps=1", "optimiser=muon"], 2, "lite3r trains none"),
         (["compact", "--out", "o", "--config", "none.yaml"], 2, "none.yaml"),
         (["compact", "--out", "o", "--resume"], 2, "o/config.yaml"),
         (["finetune", "--out", "o", "--set", "steps=1", "sequences=nowhere"], 1, "nowhere: not a folder"),
