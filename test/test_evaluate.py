@@ -263,14 +263,16 @@ def test_one_bad_sequence_does_not_cost_the_others(rng, tmp_path, speed3r):
 
 
 def test_the_camera_of_rendered_images_has_their_rays(rng):
-    """Undistorted by OpenCV, pixels have the directions that the scene was rendered with."""
-    K = torch.tensor([[*rng.uniform(100, 140, 2), 111.5, 83.5, rng.uniform(-0.05, 0.05)]])
+    """Projected by OpenCV, the directions that the scene was rendered with are its pixels, also of the widest lenses."""
+    fx = 112 / np.tan(np.radians(rng.uniform(85, 95)) / 2)
+    centre, k = rng.uniform((107, 80), (116, 87)), rng.choice([-1, 1]) * rng.uniform(0.04, 0.05)
+    K = torch.tensor([[fx, fx * rng.uniform(0.97, 1.03), *centre, k]])
     batch = dict(img=torch.zeros(1, 1, 3, 168, 224), depth=torch.ones(1, 1, 168, 224), K=K)
     source = RenderedSource("x", batch | dict(R=torch.eye(3)[None, None], t=torch.zeros(1, 1, 3)))
     ((_, _, camera),) = source
-    u, v = np.meshgrid(np.arange(224.0), np.arange(168.0))
-    rays = cv2.undistortPoints(np.stack([u, v], -1).reshape(-1, 1, 2), camera.K, camera.D).reshape(168, 224, 2)
-    np.testing.assert_allclose(rays, rays_of(K, 168, 224)[0], atol=2e-3)
+    rays = cv2.convertPointsToHomogeneous(rays_of(K, 168, 224).view(-1, 2).numpy())
+    pixels = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), camera.K, camera.D)[0].reshape(168, 224, 2)
+    np.testing.assert_allclose(pixels, np.stack(np.meshgrid(np.arange(224), np.arange(168)), -1), atol=0.03)
 
 
 def test_the_shipped_weights_are_as_good_as_they_were():

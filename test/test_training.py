@@ -34,7 +34,7 @@ from speed3r_ros.training.config import CONFIGS, with_values
 from speed3r_ros.training.distil import Geometry, distillation_loss, geometry, speed3r_student
 from speed3r_ros.training.recipes import predict, start_pool
 from speed3r_ros.training.render import SceneDataset, WorldConfig
-from speed3r_ros.training.trainer import Trainer
+from speed3r_ros.training.trainer import Trainer, optimisers, wide_matrices
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
@@ -115,6 +115,43 @@ def test_a_stopped_run_goes_on_bit_for_bit(optimiser, tmp_path, monkeypatch):
     assert a[1]["steps"] == b[1]["steps"] and a[1]["step"] == 4
     sizes = weights.load(str(tmp_path / "whole/weights")).config
     assert (sizes.height, sizes.width) == (56, 112)
+
+
+@pytest.mark.parametrize("before, after", [("adamw", "muon"), ("muon", "adamw")])
+def test_a_run_may_go_on_with_another_optimiser(before, after, tmp_path):
+    """Where both have a mean of gradients, it goes on; what is not kept for the one begins anew with the other."""
+    values = dict(steps=4, dense_share=0, seed=int(torch.randint(2**31, ())))
+    Trainer("compact", config("compact", optimiser=before, **values), tmp_path / "run").run(until=2)
+    state, _ = checkpoint.read(tmp_path / "run/checkpoint")
+    trainer = Trainer("compact", config("compact", optimiser=after, **values), tmp_path / "run", resume=True)
+    if after == "muon":
+        muon = trainer.optimisers[0]
+        for parameters, momenta in muon.stacks:  # what steps read and what is written
+            for p, momentum in zip(parameters, muon._apart(parameters, momenta)):
+                (name,) = (name for name, q in trainer.parameters.items() if q is p)
+                assert momentum.any() and torch.equal(momentum.flatten(), state[f"mean.{name}"])
+                assert muon.state[p].keys() == {"exp_avg"} and torch.equal(muon.state[p]["exp_avg"], momentum)
+    trainer.run()
+    _, note = checkpoint.read(tmp_path / "run/checkpoint")
+    wide = {id(p) for p in wide_matrices(trainer.network)}
+    moved = [id(p) in wide for p in trainer.parameters.values()]
+    assert {x for x, wide in zip(note["steps"], moved) if wide} == {0 if after == "muon" else 2}
+    assert {x for x, wide in zip(note["steps"], moved) if not wide} == {4}
+
+
+@pytest.mark.parametrize("kind", ["compact", "pi3", "vggt"])
+def test_muon_moves_the_wide_matrices_of_blocks_alone(kind):
+    """Never layers of heads, some of which have the same names."""
+    network = Network(recipes.TINY) if kind == "compact" else tiny_backbone(kind)
+    expected = set()
+    for block in [part for part in network.modules() if isinstance(part, (Block, blocks.Block))]:
+        attn, mlp = (block, block) if kind == "compact" else (block.attn, block.mlp)
+        expected |= {id(layer.weight) for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)}
+    muon, adamw = optimisers(network, config("compact", optimiser="muon"))
+    moved = {id(p) for p in muon.param_groups[0]["params"]}
+    assert moved == expected
+    others = [id(p) for group in adamw.param_groups for p in group["params"]]
+    assert sorted([*moved, *others]) == sorted(id(p) for p in network.parameters())
 
 
 def test_data_begun_ahead_is_what_the_step_would_draw(tmp_path):
@@ -528,6 +565,7 @@ def test_every_setting_is_listed_and_read_back(recipe, tmp_path, capsys):
         (["finetune", "--out", "o", "--set", "steps=1"], 2, "give the folders to fine-tune on"),
         (["lite3r", "--out", "o", "--set", "steps=1", "attention=dense"], 2, "trains lite3r"),
         (["distil", "--out", "o", "--set", "steps=1", "optimiser=muon", "parallel=fsdp"], 2, "use adamw or ddp"),
+        (["lite3r", "--out", "o", "--set", "steps=1", "optimiser=muon"], 2, "lite3r trains none"),
         (["compact", "--out", "o", "--config", "none.yaml"], 2, "none.yaml"),
         (["compact", "--out", "o", "--resume"], 2, "o/config.yaml"),
         (["finetune", "--out", "o", "--set", "steps=1", "sequences=nowhere"], 1, "nowhere: not a folder"),

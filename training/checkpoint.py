@@ -1,7 +1,7 @@
 """Checkpoints of a run: trained parameters, their average and the optimiser's state, as small safetensors shards.
 
 The optimiser's state may be stored in fewer bits, so that it can be moved. Sizes per trained parameter, in bytes:
-parameter 4, average 4, and both moments of AdamW 8 (fp32), 4 (bf16) or 2 (fp8).
+parameter 4, average 4, and both moments of AdamW 8 (fp32), 4 (bf16) or 2 (fp8); of Muon, which has one, half of that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROW = 256  # values of a moment that share a scale in fp8
 
 
 def encode(name: str, value: Tensor, kind: str) -> dict[str, Tensor]:
-    """A moment of AdamW as flat tensors of type `kind`: fp32, bf16, or fp8 (E4M3 with a scale per 256 values).
+    """A moment as flat tensors of type `kind`: fp32, bf16, or fp8 (E4M3 with a scale per 256 values).
 
     Second moments, whose names begin with `square.`, are rounded as roots, which span half as many powers; in fp8 no
     positive one becomes 0, because steps are divided by it.

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from speed3r_ros.mapping.files import written_whole
 from speed3r_ros.model import weights
 from speed3r_ros.model.network import Block, GlobalBlock, Network
+from speed3r_ros.model.quantised import WideBlock
 from speed3r_ros.training import checkpoint
 from speed3r_ros.training.config import TrainingConfig, image_sizes, require_runnable
 from speed3r_ros.training.evaluate import evaluate_rendered
@@ -40,15 +41,21 @@ from speed3r_ros.training.render import SPLITS
 
 LOG_EVERY = 20.0  # seconds
 AHEAD = 4  # steps whose data is begun before they are
-WIDE = tuple(f"{layer}.weight" for layer in ("qkv", "proj", "fc1", "fc2"))  # names of what Muon can move
+WIDE = "qkv", "proj", "fc1", "fc2"  # the blocks' layers whose matrices Muon can move
 MOMENTS = dict(mean="exp_avg", square="exp_avg_sq")  # their names in a checkpoint and in an optimiser's state
 CLOCK_EVERY = 10  # steps after which processes agree on the time and on a wish to stop
+
+
+def wide_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """Trained weights of the blocks' layers `WIDE`; heads have layers of the same names, which are AdamW's."""
+    layers = (part for block in network.modules() if isinstance(block, WideBlock) for part in block.named_modules())
+    return [layer.weight for name, layer in layers if name.rpartition(".")[2] in WIDE and layer.weight.requires_grad]
 
 
 def optimisers(network: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """AdamW of what is trained, no decay on vectors and tokens; with `muon`, Muon of the blocks' wide matrices before it."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    wide = [p for name, p in named if config.optimiser == "muon" and name.endswith(WIDE) and p.dim() == 2]
+    wide = wide_matrices(network) if config.optimiser == "muon" else []
     chosen = {id(p) for p in wide}
     matrices = [
         p for name, p in named if p.dim() >= 2 and "token" not in name and "first" not in name and id(p) not in chosen
@@ -438,7 +445,7 @@ class Trainer:
             put(p, checkpoint.decode(f"parameter.{name}", state, full))
             put(self.average[name], checkpoint.decode(f"average.{name}", state, full))
             of_p = self._states[p].setdefault(p, {})
-            if steps:  # of AdamW, which begins with its first step
+            if steps and not of_p:  # AdamW's begins with its first step; Muon's is there, and takes over AdamW's mean
                 of_p |= dict(step=torch.tensor(steps, device=p.device))
                 of_p |= {key: torch.zeros_like(p) for key in MOMENTS.values()}
             for kind, key in MOMENTS.items():

@@ -342,10 +342,10 @@ class AcrossViews:
     """Attention of a block across the views of each sequence, by a strategy.
 
     views: N. specials: S. attention: see `model.strategies`. top_k: blocks that a query block attends to. chunk: frames per
-    turn of everything but the attention. tables, pooled: rotary tables of the tokens and of the blocks. fine, coarse: views
-    whose tokens and whose pooled tokens a view sees. unmasked: all of them. sensitive: layers that bear few keys badly
-    (Spark3R). memory: keys and values of the one new view go there, and those of all views come from there. always: see
-    `Layer`.
+    turn of everything but the attention; what it takes in blocks is made in at most `TURNS` turns. tables, pooled: rotary
+    tables of the tokens and of the blocks. fine, coarse: views whose tokens and whose pooled tokens a view sees. unmasked: all
+    of them. sensitive: layers that bear few keys badly (Spark3R). memory: keys and values of the one new view go there, and
+    those of all views come from there. always: see `Layer`.
     """
 
     views: int
