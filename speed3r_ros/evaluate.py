@@ -286,10 +286,10 @@ class DepthPairs:
         self._frames: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, estimate: Estimate, truth: np.ndarray) -> None:
-        """One frame's true depth (H, W), aligned with the estimate's image; pixels where it is 0 or NaN do not count."""
+        """One frame's true depth (H, W), aligned with the estimate's image; pixels where it is 0, NaN or infinite do not count."""
         true = cv2.resize(truth, estimate.depth.shape[::-1], interpolation=cv2.INTER_NEAREST)[::GRID, ::GRID]
         depth, confidence = estimate.depth[::GRID, ::GRID], estimate.confidence[::GRID, ::GRID]
-        valid = (true > 0) & (depth > 0) & np.isfinite(depth)
+        valid = (true > 0) & np.isfinite(true) & (depth > 0) & np.isfinite(depth)
         if valid.any():
             self._frames.append((depth[valid].astype(np.float64), true[valid].astype(np.float64), confidence[valid]))
 

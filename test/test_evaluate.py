@@ -119,7 +119,9 @@ def test_the_scale_of_depth_that_wavers_is_told_apart_from_its_shape(rng):
     pairs, shape = DepthPairs(), rng.uniform(1, 5, SIZE).astype(np.float32)
     factors = np.exp(rng.normal(0, 0.3, 30))
     for factor in factors:
-        pairs.add(SimpleNamespace(depth=shape, confidence=np.ones(SIZE)), shape * np.float32(factor))
+        truth = shape * np.float32(factor)
+        truth[:9, :9] = rng.choice([0, np.nan, np.inf], (9, 9))  # unknown, or sky
+        pairs.add(SimpleNamespace(depth=shape, confidence=np.ones(SIZE)), truth)
     found = pairs.errors(2.0)
     assert found["absrel"] == pytest.approx(0, abs=1e-5)
     assert found["absrel_one_scale"] == pytest.approx(np.abs(2 / factors - 1).mean(), rel=1e-3)
