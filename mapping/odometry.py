@@ -451,18 +451,22 @@ def solve_pose(
     points: np.ndarray, pixels: np.ndarray, K: np.ndarray, reach: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Camera-to-world pose (4, 4) from points (N, 3) in the world seen at pixels (N, 2), and which of them (N,) agree within
-    reach (N,) pixels; None when fewer than LEAST do. RANSAC on minimal samples, then least squares on the inliers."""
+    reach (N,) pixels; None when fewer than LEAST do. RANSAC on minimal samples, then SQPnP (Terzakis and Lourakis, ECCV 2020)
+    and least squares on the inliers."""
     if len(points) < LEAST:
         return None
     pixels = pixels.astype(np.float64)
     cv2.setRNGSeed(0)
     try:
-        found, r, t, _ = cv2.solvePnPRansac(
+        found, _, _, inliers = cv2.solvePnPRansac(
             points, pixels, K, None, iterationsCount=150, reprojectionError=float(np.median(reach)),
             confidence=0.999, flags=cv2.SOLVEPNP_AP3P,
         )  # fmt: skip
         if not found:
             return None
+        inliers = inliers[:, 0]
+        # not the pose that comes with them: that is EPnP's, which is far off for one in ten planes
+        _, r, t = cv2.solvePnP(points[inliers], pixels[inliers], K, None, flags=cv2.SOLVEPNP_SQPNP)
         for refine in (True, True, False):
             T_cam_world = np.eye(4)
             T_cam_world[:3, :3], T_cam_world[:3, 3] = cv2.Rodrigues(r)[0], t[:, 0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speed3r_ros.mapping.geometry import inverse, rotation_angle
-from speed3r_ros.mapping.odometry import Odometry, View
+from speed3r_ros.mapping.odometry import Odometry, View, solve_pose
 from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error
 from speed3r_ros.model.types import Estimate, Tracking
 from speed3r_ros.training.render import SceneDataset
@@ -328,6 +328,26 @@ def test_memory_is_bounded(sequence):
             odometry.refine(sequence[0][i], estimates[i], True)
         sizes.append((len(odometry._ids), len(odometry._keyframes)))
     assert max(keyframes for _, keyframes in sizes) <= 4 and max(ids for ids, _ in sizes) <= 100 * 5
+
+
+def test_a_pose_is_found_before_a_plane():
+    """A wall or a floor, of which a third of the matches is wrong; the camera has rolled and moved."""
+    rng = np.random.default_rng()
+    K = np.array([[400.0, 0, 239.5], [0, 400, 179.5], [0, 0, 1]])
+    for _ in range(100):
+        ray = np.column_stack([(rng.uniform(0, (480, 360), (300, 2)) - K[:2, 2]) / 400, np.ones(300)])
+        normal = np.array([*rng.normal(0, 0.3, 2), 1.0])
+        points = ray * (2 / (ray @ normal))[:, None]
+        T_cam_world = np.eye(4)
+        T_cam_world[:3, :3] = cv2.Rodrigues(np.array([0, 0, rng.uniform(-0.9, 0.9)]))[0]
+        T_cam_world[:3, 3] = rng.normal(0, 0.05, 3)
+        camera = points @ T_cam_world[:3, :3].T + T_cam_world[:3, 3]
+        pixels = camera[:, :2] / camera[:, 2:] * 400 + K[:2, 2] + rng.normal(0, 0.1, (300, 2))
+        pixels[:100] = rng.uniform(0, (480, 360), (100, 2))
+        T_world_cam, agree = solve_pose(points, pixels, K, np.full(300, 3.0))
+        assert agree[100:].all() and agree[:100].sum() < 10
+        assert rotation_angle(T_cam_world[:3, :3] @ T_world_cam[:3, :3]) < 1e-3
+        assert np.linalg.norm(T_world_cam[:3, 3] - inverse(T_cam_world)[:3, 3]) < 5e-3
 
 
 def test_keypoints_outvote_the_few_features_that_are_tracked():
