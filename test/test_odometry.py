@@ -177,12 +177,10 @@ def test_a_slow_turn_is_no_standing_still(sequence):
     for step in steps:
         shifted = cv2.warpAffine(images[0], np.float32([[1, 0, -step], [0, 1, 0]]), SIZE[::-1], flags=cv2.INTER_CUBIC)
         T = odometry.refine(shifted, estimate, True).T_world_cam
-    focal, depth = (
-        K[0, 0],
-        estimate.depth.mean(),
-    )  # the shift is a turn or a step, of which one depth tells the size roughly
-    shift = focal * np.arctan2(T[0, 2], T[2, 2]) + focal * T[0, 3] / depth
-    assert 0.6 * steps[-1] < shift < 1.4 * steps[-1]
+    points = odometry._points_of(odometry._last.ids)
+    columns = [K[0, 0] * camera[:, 0] / camera[:, 2] for camera in (points, (points - T[:3, 3]) @ T[:3, :3])]
+    assert len(points) >= 20
+    assert 0.9 * steps[-1] < np.median(columns[0] - columns[1]) < 1.1 * steps[-1]
 
 
 def test_following_needs_landmarks_of_the_same_camera(sequence):
