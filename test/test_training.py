@@ -81,10 +81,10 @@ def test_compact_learns_a_batch_by_heart_in_both_stages(tmp_path, monkeypatch):
         recipes.RenderedData, "batch", lambda data, order, begun: batch(data, replace(order, step=0), begun)
     )
     seed = int(torch.randint(2**31, ()))
-    settings = config("compact", steps=24, dense_share=0.5, lr=3e-3, lr_sparse=3e-3, longest=2, frames=4, seed=seed)
+    settings = config("compact", steps=48, dense_share=0.5, lr=3e-3, lr_sparse=3e-3, longest=2, frames=4, seed=seed)
     trainer = Trainer("compact", settings, tmp_path / "run")
     start = unseen(trainer)
-    trainer.run(until=12)
+    trainer.run(until=24)
     assert trainer.stage.name == "dense" and trainer.stage.bidirectional
     middle, gates = unseen(trainer), [block.gate.weight.clone() for block in trainer.network.global_blocks]
     trainer = Trainer("compact", settings, tmp_path / "run", resume=True)

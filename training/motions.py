@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from speed3r_ros.training.scenes import FEWEST_INTERVALS, ODDS, axis_angle, eul, rotation, sample_cameras
 from speed3r_ros.training.scenes import MOTIONS as ROOM_MOTIONS
-from speed3r_ros.training.scenes import ODDS, axis_angle, eul, rotation, sample_cameras
 from speed3r_ros.training.textures import Rng
 
 PATHS = ("drive", "walk", "climb", "loop", "shake", "stand", "turn", "circle")
@@ -69,7 +69,7 @@ def sample_paths(r: Rng, kind: Tensor, N: int, H: int, W: int, outdoor: Tensor) 
     place = place - place[:, :1]
     # loops: once around an ellipse and a little on
     turns = r.u(B, 1, lo=1.0, hi=1.25) * r.sgn(B, 1)
-    angle = 2 * math.pi * turns * i / max(N - 1, 1)
+    angle = 2 * math.pi * turns * i / max(N - 1, FEWEST_INTERVALS)
     radii = r.lu(B, 2, 1, lo=0.4, hi=2.5) * torch.where(outdoor, 3.0, 1.0)[:, None, None]
     x, z = radii[:, 0] * angle.sin(), radii[:, 1] * (1 - angle.cos())
     tangent = torch.atan2(radii[:, 0] * angle.cos() * turns, radii[:, 1] * angle.sin() * turns)
@@ -114,7 +114,7 @@ def sample_paths(r: Rng, kind: Tensor, N: int, H: int, W: int, outdoor: Tensor) 
     R = R @ rotation(burst[..., None] * r.lu(B, 1, 1, lo=1, hi=6) * deg * r.n(B, N, 3))
     t = t + burst[..., None] * r.lu(B, 1, 1, lo=0.005, hi=0.06) * r.n(B, N, 3)
     # on the spot
-    spin = r.u(B, 1, lo=20, hi=330) * deg * r.sgn(B, 1) * i / max(N - 1, 1)
+    spin = r.u(B, 1, lo=20, hi=330) * deg * r.sgn(B, 1) * i / max(N - 1, FEWEST_INTERVALS)
     nod = r.u(B, 1, hi=12) * deg * sway(15, 60)
     turning = R0[:, :1] @ eul(spin + 3 * deg * sway(10, 60), nod, 0.3 * nod)
     R = torch.where(is_(TURN)[..., None, None], turning, R)

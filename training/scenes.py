@@ -17,6 +17,7 @@ BASE_OF = (0, 1, 2, 3, 4, 5, 3, 5, 5, 4)  # the basic motion that each motion st
 NB, NS, NC = 24, 6, 6  # boxes, ellipsoids and cylinders of a furnished room
 P = 1 + NB + NS + NC
 ODDS = (12, 12, 12, 12, 10, 14, 4, 6, 6, 12)  # how often each motion is drawn
+FEWEST_INTERVALS = 7  # that a whole turn takes; shorter sequences have a part of it, so that views overlap
 
 
 def eul(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def special_motions(r: Rng, R: Tensor, t: Tensor, kind: Tensor) -> tuple[Tensor,
         (kind == 9)[:, None], r.u(B, 1, lo=15, hi=140) * deg * r.sgn(B, 1), torch.zeros(B, 1, device=dev)
     )
     angle = angle * pace[..., None]
-    angle[..., 1] = angle[..., 1] + total * torch.linspace(0, 1, N, device=dev)
+    angle[..., 1] = angle[..., 1] + total * torch.arange(N, device=dev) / max(N - 1, FEWEST_INTERVALS)
     travel = r.lu(B, 1, 1, lo=1.0, hi=30.0) * r.b(0.5, B, 1, 1)  # of a spin; its base hardly moves
     t = t[:, :1] + (t - t[:, :1]) * torch.where((kind == 9)[:, None, None], travel, pace[..., None])
 
