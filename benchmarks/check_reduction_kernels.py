@@ -1,4 +1,4 @@
-"""Correctness of token merging, linear attention and FP8 layers at real sizes on the GPU; exits non-zero on any miss.
+"""Correctness of token merging, linear attention, FP8 layers and resizing at real sizes on the GPU; exits non-zero on any miss.
 
     python benchmarks/check_reduction_kernels.py
 
@@ -35,6 +35,7 @@ from speed3r_ros.kernels.merging import (
     own_cells,
     take_tokens_triton,
 )
+from speed3r_ros.kernels.resize import resize_reference, resize_triton
 
 LOW = torch.bfloat16 if CUDA else torch.float16  # the interpreter multiplies no bfloat16
 FLOAT = torch.float32
@@ -83,11 +84,19 @@ def jobs() -> list[Job]:
         ("sizes not of 16", (77, 100, 203)),
         ("eleven outputs", (5, 768, 11)),
     ]
+    maps = [  # frames, channels, pixels before and after
+        ("VGGT, last fusion", (8, 256, 148, 148, 296, 296)),
+        ("VGGT, last features", (8, 128, 296, 296, 518, 518)),
+        ("Depth Anything 3 small, first fusion", (3, 64, 18, 14, 36, 27)),
+        ("one pixel", (2, 6, 1, 1, 7, 5)),
+        ("smaller, 100 channels", (5, 100, 61, 47, 33, 9)),
+    ]
     if not CUDA:
+        maps = [("tails", (2, 6, 5, 3, 7, 9))]
         merging = [("tails", (5, 2, 7, 3, 2, 40)), ("one patch", (3, 1, 1, 4, 1, 16))]
         linear = [("causal", (1, 2, 3, 5, 3, 7, 16, "causal")), ("step", (2, 1, 1, 3, 4, 18, 32, "random"))]
         layers = [("tails", (7, 40, 19)), ("sizes of 16", (20, 32, 48))]
-    groups = (("merging", merging), ("linear", linear), ("layer", layers))
+    groups = (("merging", merging), ("linear", linear), ("layer", layers), ("resize", maps))
     return [Job(name, check, s, dtype) for check, cases in groups for name, s in cases for dtype in (FLOAT, LOW)]
 
 
@@ -235,10 +244,26 @@ def check_layer(job: Job) -> Iterator[Row]:
         yield row
 
 
+def check_resize(job: Job) -> Iterator[Row]:
+    """Maps with channels last, alone and with an embedding of places."""
+    f, channels, h, w, height, width = job.sizes
+    x = torch.full((f, h, w + 1, channels), torch.nan, dtype=job.dtype, device=DEVICE)
+    x[:, :, :w] = torch.randn(f, h, w, channels, device=DEVICE)
+    x = x[:, :, :w].permute(0, 3, 1, 2)
+    plane = tuple(torch.randn(n, channels // 2, device=DEVICE) for n in (width, height))
+    for name, embedding in (("resize", None), ("resize, places", plane)):
+        poison()
+        out, again = (resize_triton(x, (height, width), embedding) for _ in range(2))
+        high = None if embedding is None else tuple(y.double() for y in embedding)
+        ref = resize_reference(x.double(), (height, width), high)
+        yield compare(job.case, name, job.dtype, out, ref, ref, torch.equal(out, again))
+
+
 CHECKS: dict[str, Callable[[Job], Iterator[Row]]] = {
     "merging": check_merging,
     "linear": check_linear,
     "layer": check_layer,
+    "resize": check_resize,
 }
 
 

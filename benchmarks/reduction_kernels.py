@@ -1,9 +1,9 @@
-"""Speed of token merging, linear attention and FP8 layers on the GPU, each beside the plain way in the same run.
+"""Speed of token merging, linear attention, FP8 layers and resizing of maps on the GPU, each beside the plain way in the same run.
 
     python benchmarks/reduction_kernels.py
 
 The plain ways: gather, scatter and batched products of torch for merging; dense flash attention for the attentions; nn.Linear
-in bf16 for the layers. Inputs are random bf16. GB/s count every byte that must be read or written once, TFLOP/s the
+in bf16 for the layers; F.interpolate and a sum for the maps. Inputs are random bf16, maps float32 as in VGGT. GB/s count every byte that must be read or written once, TFLOP/s the
 operations asked for. Medians of CUDA events; what concerns one new view runs in a CUDA graph. Prints Markdown.
 """
 
@@ -33,6 +33,7 @@ from speed3r_ros.kernels.merging import (
     merged_length,
     take_tokens_triton,
 )
+from speed3r_ros.kernels.resize import resize_reference, resize_triton
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,24 @@ def layers(model: Model, views: int, graph: bool = False) -> None:
         run("FP8 layer", lambda: fp8.fp8_linear_triton(x, *stored, bias), plain)  # noqa: B023
 
 
+def maps(frames: int, side: int, channels: int) -> None:
+    """What a DPT head resizes: its last fusion, and its last features with the embedding of places. side: patches."""
+    header(f"Resizing of maps, DPT head of {channels} features, {frames} views of {14 * side} x {14 * side}")
+    for name, features, before, after, embedded in (
+        ("last fusion", channels, 4 * side, 8 * side, False),
+        ("last features, places", channels // 2, 8 * side, 14 * side, True),
+    ):
+        x = torch.randn(frames, features, before, before, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        plane = tuple(torch.randn(after, features // 2, device=DEVICE) for _ in range(2)) if embedded else None
+        moved = gigabytes(x) * (1 + (after / before) ** 2)
+        plain = timed(f"{name}, torch", lambda: resize_reference(x, (after, after), plane), moved)  # noqa: B023
+        timed(name, lambda: resize_triton(x, (after, after), plane), moved, plain=plain)  # noqa: B023
+
+
 def main() -> None:
     """Print the tables."""
     print(f"{torch.cuda.get_device_name() if CUDA else 'interpreter'}, torch {torch.__version__}")
+    maps(*(8, 37, 256) if CUDA else (1, 1, 16))
     for model in (PI3, COMPACT) if CUDA else (TINY,):
         layers(model, 1, graph=True)
         for views in model.views:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed3r_ros.kernels.resize import Plane, resize
 from speed3r_ros.model.backbones.blocks import PATCH
 
 
@@ -23,14 +24,14 @@ def view_plane(
     return u.expand(h, w), v[:, None].expand(h, w)
 
 
-def add_plane(x: Tensor, aspect: float) -> Tensor:
-    """Feature maps (f, C, h, w) plus a tenth of the sinusoidal embedding of their places in the view plane."""
-    quarter = x.shape[1] // 4
-    rate = 100.0 ** (-torch.arange(quarter, device=x.device, dtype=torch.float64) / quarter)
-    u, v = view_plane(*x.shape[2:], aspect, x.device, torch.float64)
-    u, v = rate[:, None, None] * u[:1], rate[:, None, None] * v[:, :1]  # one row, one column: all are the same
-    waves = (0.1 * y.to(x.dtype) for y in (u.sin(), u.cos(), v.sin(), v.cos()))
-    return x + torch.cat([y.expand(-1, *x.shape[2:]) for y in waves])
+def plane_embedding(channels: int, h: int, w: int, aspect: float, device: torch.device) -> Plane:
+    """A tenth of the sinusoidal embedding of places in the view plane: columns (w, channels / 2), rows (h, channels / 2)."""
+    quarter = channels // 4
+    rate = 100.0 ** (-torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
+    u, v = view_plane(h, w, aspect, device, torch.float64)  # one row, one column: all are the same
+    waves = (rate * x[:, None] for x in (u[0], v[:, 0]))
+    columns, rows = ((0.1 * torch.cat([x.sin(), x.cos()], -1)).float() for x in waves)
+    return columns, rows
 
 
 def planes(maps: Tensor) -> tuple[Tensor, ...]:
@@ -39,11 +40,6 @@ def planes(maps: Tensor) -> tuple[Tensor, ...]:
     Elsewhere the last bit of a function of them depends on the layout.
     """
     return tuple(x.contiguous() for x in maps.unbind(1))
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, corners aligned."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 def _conv3(inputs: int, out: int, bias: bool = True) -> nn.Conv2d:
@@ -78,7 +74,7 @@ class Fusion(nn.Module):
         """Maps of one size, maybe a lateral one of that size -> (f, features, *size)."""
         if lateral is not None:
             x = x + self.resConfUnit1(lateral)
-        return self.out_conv(resize(self.resConfUnit2(x), size))
+        return resize(self.out_conv(self.resConfUnit2(x)), size)  # published in the other order, which is the same
 
 
 class DPT(nn.Module):
@@ -125,14 +121,16 @@ class DPT(nn.Module):
     def _last(inputs: int, out: int) -> nn.Sequential:
         return nn.Sequential(_conv3(inputs, 32), nn.ReLU(), nn.Conv2d(32, out, 1))
 
-    def _add_plane(self, x: Tensor, aspect: float) -> Tensor:
-        return add_plane(x, aspect) if self.plane else x
+    def _resize(self, x: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """Maps (f, C, h, w) at another size, with the places of their pixels if the head has the embedding."""
+        plane = plane_embedding(x.shape[1], *size, grid[1] / grid[0], x.device) if self.plane else None
+        return resize(x, size, plane)
 
     def pyramid(self, tokens: tuple[Tensor, ...], grid: tuple[int, int]) -> list[Tensor]:
         """Four token maps (f, h * w, inputs) -> four levels (f, features, ...), finest first: 4, 2, 1, 1/2 of the grid."""
         levels = []
         for i, (x, project, layer) in enumerate(zip(tokens, self.projects, self.resize_layers), 1):
-            x = self._add_plane(project(self.norm(x).mT.unflatten(2, grid)), grid[1] / grid[0])
+            x = self._resize(project(self.norm(x).mT.unflatten(2, grid)), grid, grid)
             levels.append(getattr(self.scratch, f"layer{i}_rn")(layer(x)))
         return levels
 
@@ -147,12 +145,12 @@ class DPT(nn.Module):
 
     def finish(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Fused features -> (f, out, H, W), with `sky` one channel more."""
-        aspect, scratch = grid[1] / grid[0], self.scratch
+        scratch = self.scratch
         if not hasattr(scratch, "output_conv2"):
             size = (grid[0] * PATCH // 2, grid[1] * PATCH // 2)
-            return self._add_plane(resize(scratch.output_conv1(x), size), aspect)
+            return self._resize(scratch.output_conv1(x), size, grid)
         size = (grid[0] * PATCH, grid[1] * PATCH)
-        x = self._add_plane(resize(scratch.output_conv1(x), size), aspect)
+        x = self._resize(scratch.output_conv1(x), size, grid)
         out = scratch.output_conv2(x)
         return torch.cat([out, scratch.sky_output_conv2(x)], 1) if hasattr(scratch, "sky_output_conv2") else out
 
@@ -197,5 +195,5 @@ class DualDPT(DPT):
         """Four token maps (f, h * w, inputs) -> (f, 2, H, W) and (f, 7, 8 h, 8 w)."""
         levels, scratch = self.pyramid(tokens, grid), self.scratch
         rays = scratch.output_conv1_aux[3](self.fuse(levels, "_aux"))
-        rays = scratch.output_conv2_aux[3](self._add_plane(rays, grid[1] / grid[0]))
+        rays = scratch.output_conv2_aux[3](self._resize(rays, tuple(rays.shape[2:]), grid))
         return self.finish(self.fuse(levels), grid), rays
