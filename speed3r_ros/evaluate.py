@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import signal
 import sys
 from collections.abc import Iterable
@@ -67,7 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=positive, default=1, metavar="N", help="use every Nth frame")
     parser.add_argument("--frames", type=positive, metavar="N", help="stop after N frames (rendered: 24)")
     parser.add_argument("--sequences", type=positive, metavar="N", help="rendered sequences (8)")
+    parser.add_argument("--size", type=image_size, metavar="HxW", help="pixels of rendered images (the network's)")
+    parser.add_argument("--split", choices=("rooms", "world"), help="what rendered sequences are drawn from (rooms)")
     add_settings(parser)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Height and width of `HxW`. ArgumentTypeError if it is something else, or sides are not 32 to 2048."""
+    sides = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if not sides or not all(32 <= int(side) <= 2048 for side in sides.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH, 32 to 2048 each, e.g. 336x448")
+    return int(sides[1]), int(sides[2])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -75,8 +86,9 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = read_settings(options.config, options.set, options.model)
-        if options.sequences and options.data != "rendered":
-            raise ValueError(f"--sequences {options.sequences}: is for rendered ones; leave it out for {options.data}")
+        given = [f"--{name}" for name in ("sequences", "size", "split") if getattr(options, name)]
+        if given and options.data != "rendered":
+            raise ValueError(f"{' and '.join(given)}: only for rendered sequences; leave out for {options.data}")
         if options.out:
             check_destination(options.out, options.overwrite, Path(options.data), OUTPUTS, "evaluation.json")
     except (OSError, ValueError) as error:
@@ -116,12 +128,13 @@ def sequences_in(path: Path) -> list[Path]:
 
 
 def rendered(options: argparse.Namespace, device: str) -> Iterable[Source]:
-    """Held-out rendered sequences of the shipped network's size."""
+    """Held-out rendered sequences, by default of the shipped network's size."""
     from speed3r_ros.model.network import NetworkConfig
     from speed3r_ros.rendered import rendered_sources
 
-    size = NetworkConfig().height, NetworkConfig().width
-    return rendered_sources(options.sequences or 8, (options.frames or 24) * options.stride, size, device)
+    size = options.size or (NetworkConfig().height, NetworkConfig().width)
+    count, frames = options.sequences or 8, (options.frames or 24) * options.stride
+    return rendered_sources(count, frames, size, device, options.split or "rooms")
 
 
 def evaluate_all(

@@ -31,7 +31,7 @@ def inverse_distortion(k: float, corner: float) -> np.ndarray:
 class RenderedSource(Source):
     """One sequence of `SceneDataset.batch(1, N)`. Lengths are in units of its mean depth.
 
-    Images are of the network's size and carry the scene's slight lens distortion, which the camera describes.
+    Images carry the scene's slight lens distortion, which the camera describes.
     """
 
     def __init__(self, name: str, batch: dict[str, torch.Tensor]) -> None:
@@ -67,10 +67,12 @@ class RenderedSource(Source):
         return self._depths[self._stamps.index(stamp_ns)]
 
 
-def rendered_sources(count: int, frames: int, size: tuple[int, int], device: str = "auto") -> Iterator[RenderedSource]:
+def rendered_sources(
+    count: int, frames: int, size: tuple[int, int], device: str = "auto", split: str = "rooms"
+) -> Iterator[RenderedSource]:
     """`count` sequences of `frames` images of a size (h, w), the same ones for the same arguments on the same device.
 
-    device: as engine.device.
+    device: as engine.device. split: see `training.evaluate.evaluate_rendered`.
     """
     cuda = torch.cuda.is_available() and device != "cpu"
     dataset = SceneDataset(
@@ -80,7 +82,7 @@ def rendered_sources(count: int, frames: int, size: tuple[int, int], device: str
         held_out=True,
         textures_per_family=8 if cuda else 1,
         samples=4 if cuda else 1,
-        world=SPLITS["rooms"],
+        world=SPLITS[split],
     )
     for number in range(count):
         yield RenderedSource(f"rendered_{number:03d}", dataset.batch(1, frames))

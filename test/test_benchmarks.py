@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import accuracy
 import backbone_stream
 import layer_sensitivity
-import rendered
 import spark3r_stream
 import strategies
 import training_phases
@@ -22,7 +21,6 @@ import training_phases
 from speed3r_ros.model import weights
 from speed3r_ros.model.lite3r import add_linear_branch
 from speed3r_ros.model.network import Network, NetworkConfig
-from speed3r_ros.model.types import Estimate, Tracking
 from speed3r_ros.training.config import CompactConfig, with_values
 from speed3r_ros.training.trainer import Trainer
 
@@ -171,55 +169,3 @@ def test_accuracy_has_a_row_for_each_attention_that_the_weights_know(tmp_path, m
     found = rows(tmp_path / "branch")
     alone = found["lite3r, chosen blocks alone"]
     assert found["lite3r"] != alone and alone == found["dense"]  # so few blocks that all are chosen
-
-
-def test_rendered_sequences_score_the_truth_as_right_and_errors_by_their_size():
-    """Of a pipeline that knows the answers, up to a gauge and a scale, at half the size; turned by three degrees once."""
-    height, width, views = 12, 16, 5
-    rng = np.random.default_rng()
-    scale, turn = rng.uniform(0.5, 2), cv2.Rodrigues(np.deg2rad([0, 3.0, 0]))[0]
-    depth = rng.uniform(0.5, 2, (1, views, height // 2, width // 2)).repeat(2, 2).repeat(2, 3)
-    depth[0, 0, :2, :2] = np.inf
-    R = [cv2.Rodrigues(rng.normal(0, 0.3, 3))[0] for _ in range(views)]
-    t = np.cumsum(rng.normal(0, 0.3, (views, 3)), 0)
-    fx, fy, cx, cy = rng.uniform(10, 20, 4)
-    batch = dict(
-        img=torch.rand(1, views, 3, height, width),
-        depth=torch.tensor(depth),
-        valid=torch.tensor(np.isfinite(depth)),
-        R=torch.tensor(np.array(R))[None],
-        t=torch.tensor(t)[None],
-        K=torch.tensor([[fx, fy, cx, cy, 0.01]], dtype=torch.float64),
-    )
-
-    class Oracle:
-        turned = lost = -1
-
-        def reset(self):
-            self.frames = []
-
-        def process(self, frame):
-            i = len(self.frames)
-            self.frames.append(frame)
-            T = np.eye(4)
-            T[:3, :3], T[:3, 3] = (
-                R[0].T @ R[i] @ (turn if i == self.turned else np.eye(3)),
-                scale * R[0].T @ (t[i] - t[0]),
-            )
-            K = np.array([[1.1 * fx / 2, 0, 0], [0, 1, 0], [0, 0, 1]])
-            half = (scale * depth[0, i, ::2, ::2]).astype(np.float32)
-            if i == self.lost:
-                return Estimate(frame.stamp_ns, Tracking.LOST)
-            return Estimate(frame.stamp_ns, Tracking.TRACKING, T, np.where(np.isfinite(half), half, np.nan), K=K)
-
-    oracle = Oracle()
-    row = rendered.run(oracle, batch, True)
-    assert row["rotation"].max() < 1e-4 and row["ate"] < 1e-6 and row["absrel"] < 1e-6
-    assert np.isclose(row["focal"], 0.1)
-    assert all(np.array_equal(f.K, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]) for f in oracle.frames)
-    assert (np.diff([f.stamp_ns for f in oracle.frames]) == rendered.INTERVAL_NS).all()
-    oracle.turned = 2
-    rotation = rendered.run(oracle, batch, False)["rotation"]
-    assert oracle.frames[0].K is None and np.allclose(np.sort(rotation)[-4:], 3) and np.sort(rotation)[-5] < 1e-4
-    oracle.lost = 1
-    assert rendered.run(oracle, batch, True) is None

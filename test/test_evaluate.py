@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from doubles import SIZE, STEP, ScriptedEngine, step_transform
+from terminal import messages
 
 from speed3r_ros import cli
 from speed3r_ros.config import Config, with_values
@@ -181,7 +182,7 @@ def speed3r(checkpoint, capsys):
         except SystemExit as leaving:
             code = leaving.code
         out, err = capsys.readouterr()
-        return code, out, [line for line in re.split(r"[\r\n]+", err) if line.strip() and "frame/s" not in line]
+        return code, out, messages(err)
 
     return run
 
@@ -216,7 +217,9 @@ def test_the_files_agree_with_one_another_and_with_the_documentation(rng, tmp_pa
     ("change", "arguments", "code", "says"),
     [
         ("none", ["--set", "engine.windw=1"], 2, "did you mean 'engine.window'"),
-        ("none", ["--sequences", "3"], 2, "--sequences 3: is for rendered ones"),
+        ("none", ["--sequences", "3", "--split", "world"], 2, "--sequences and --split: only for rendered sequences"),
+        ("none", ["--size", "336*448"], 2, "'336\\*448': must be HEIGHTxWIDTH"),
+        ("none", ["--size", "16x448"], 2, "'16x448': must be HEIGHTxWIDTH, 32 to 2048 each"),
         ("none", ["--known", "--unknown"], 2, "not allowed with"),
         ("foreign out", [], 2, r"holds other files \(mine.txt\)"),
         ("unwritable out", [], 1, "Permission denied|Not a directory|No such file"),
@@ -262,6 +265,16 @@ def test_one_bad_sequence_does_not_cost_the_others(rng, tmp_path, speed3r):
     (tmp_path / "a" / "depth" / "3.png").write_bytes(b"")
     code, text, errors = speed3r(tmp_path)
     assert code == 1 and len(errors) == 1 and "depth/3.png" in errors[0] and "| b, K known | 6 |" in text
+
+
+def test_rendered_sequences_are_those_asked_for(tmp_path, speed3r):
+    sizes = "--sequences 2 --frames 4 --size 60x84 --split world"
+    code, text, errors = speed3r("rendered", *sizes.split(), "--set", "engine.device=cpu", "--out", tmp_path / "out")
+    assert (code, errors) == (0, []) and text.count(" | 4 |") == 3  # two and their median
+    for source in rendered_sources(2, 4, (60, 84), "cpu", "world"):
+        assert {image.shape for _, image, _ in source} == {(60, 84, 3)}
+        truth = read_tum(tmp_path / "out/sequences" / source.name / "truth.tum")
+        np.testing.assert_allclose(truth.poses, source.truth.poses, atol=1e-5)
 
 
 def test_the_camera_of_rendered_images_has_their_rays(rng):

@@ -12,6 +12,7 @@ import pytest
 import tiny_backbones
 import torch
 from safetensors.torch import save_file
+from terminal import messages
 
 from speed3r_ros import offline
 from speed3r_ros.cli import main
@@ -91,8 +92,7 @@ def speed3r(weights):
 
 def one_error(capsys):
     """The only line of an error that is not a progress bar or the licence."""
-    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    lines = [line for line in lines if line.strip() and not line.startswith(("reading:", "computing:", "mapping:"))]
+    lines = messages(capsys.readouterr().err)
     assert len(lines) == 1 and lines[0].startswith("speed3r reconstruct: "), lines
     return lines[0].removeprefix("speed3r reconstruct: ")
 

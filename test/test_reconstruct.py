@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rosbags.highlevel import AnyReader
+from terminal import messages
 
 from speed3r_ros import reconstruct
 from speed3r_ros.camera import Camera
@@ -95,8 +96,7 @@ def expected_poses(folder, checkpoint, indices):
 
 def one_line(text):
     """The only line of an error output that is not a progress bar."""
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip() and "frame/s" not in line]
-    lines = [line for line in lines if not line.startswith("reconstructing:")]
+    lines = messages(text)
     assert len(lines) == 1, text
     return lines[0]
 
