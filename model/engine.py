@@ -116,13 +116,13 @@ def mean_transform(transforms: np.ndarray) -> np.ndarray:
     return T
 
 
-def share_in_view(source: View, target: View) -> float:
-    """Share of the source's points that lie in the target's image."""
+def share_in_view(source: View, target: View, size: tuple[int, int]) -> float:
+    """Share of the source's points that lie in the target's image of this size (h, w)."""
     T = np.linalg.inv(target.T_world_cam) @ source.T_world_cam
     x = source.points @ T[:3, :3].T + T[:3, 3]
     z = np.maximum(x[:, 2], 1e-6)
     u, v = x[:, 0] / z * target.K[0, 0] + target.K[0, 2], x[:, 1] / z * target.K[1, 1] + target.K[1, 2]
-    width, height = 2 * target.K[0, 2] + 1, 2 * target.K[1, 2] + 1
+    height, width = size
     return float(((x[:, 2] > 0) & (u > -0.5) & (u < width - 0.5) & (v > -0.5) & (v < height - 0.5)).mean())
 
 
@@ -272,7 +272,7 @@ class Engine:
         last = self._last_keyframe
         if last is None:
             return True
-        overlap = min(share_in_view(view, last), share_in_view(last, view))
+        overlap = min(share_in_view(*views, self.input_size) for views in ((view, last), (last, view)))
         baseline = np.linalg.norm(view.T_world_cam[:3, 3] - last.T_world_cam[:3, 3])
         return overlap < self.config.keyframe_overlap or baseline > PARALLAX * float(np.median(view.points[:, 2]))
 
