@@ -181,7 +181,8 @@ class Engine:
         """Estimate of one frame. Cost and memory do not depend on how many came before.
 
         Raises ValueError when the image is not (H, W, 3) uint8 of at least 32 x 32, or K is not a finite pinhole matrix;
-        the state is then unchanged.
+        the state is then unchanged. Raises FloatingPointError when what the network says is not finite: it has spoilt the
+        memory, so that all frames until `reset` would fare the same.
         """
         image, K = self._prepare(frame)
         reason = unusable(image)
@@ -251,13 +252,17 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self, segment: Segment, pixels: Tensor, rays: Tensor | None) -> tuple[Prediction, np.ndarray]:
-        """Advance a segment by one frame; its points (3, H, W) float32 in the camera, in the gauge's unit."""
+        """Advance a segment by one frame; its points (3, H, W) float32 in the camera, in the gauge's unit. Raises
+        FloatingPointError."""
         segment.memory.admit()
         if graph := self._graphs.get(id(segment.memory)):
             out = graph(pixels, rays)
         else:
             out = self.network.step(pixels, segment.memory, rays, self.config.strategy, self.config.top_k, None)
-        return out, out.points[0, 0].float().cpu().numpy()
+        points = out.points[0, 0].float().cpu().numpy()
+        if not (np.isfinite(points).all() and all(x.isfinite().all() for x in (out.R, out.t, out.log_sigma))):
+            raise FloatingPointError("the network's output is not finite: check camera_info and engine.precision")
+        return out, points
 
     @staticmethod
     def _pose(out: Prediction, scale: float) -> np.ndarray:
