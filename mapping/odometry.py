@@ -181,6 +181,7 @@ class Odometry:
                 unconfirmed = self._unconfirmed
                 self.reset()
                 self._scale, self._unconfirmed, last = view.scale, unconfirmed, None
+                view.number = self._number
         if not calibrated:
             self._K = view.K = self._likely(view) if last is None else self._K
         if last is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -70,13 +71,12 @@ def decimal_stamp(stamp_ns: int) -> str:
 
 
 def parse_stamp(text: str) -> int:
-    """Decimal seconds as exact nanoseconds, without passing through a float. Raises ValueError for other text."""
-    seconds, _, fraction = text.strip().partition(".")
-    digits = (fraction + "000000000")[:9]
-    if not seconds.lstrip("-").isdigit() or not digits.isdigit():
-        return round(float(text) * NANO)  # scientific notation: as exact as the text allows
-    nanoseconds = abs(int(seconds)) * NANO + int(digits)
-    return -nanoseconds if seconds.startswith("-") else nanoseconds
+    """Decimal seconds, also in scientific notation as numpy and evo write them, to the nearest nanosecond, without passing
+    through a float. Raises ValueError for other text."""
+    try:
+        return round(Decimal(text.strip()) * NANO)
+    except ArithmeticError as error:  # no number, or infinity
+        raise ValueError(f"{text.strip()!r}: expected seconds as a decimal number") from error
 
 
 def read_tum(path: str | Path) -> Trajectory:
@@ -90,7 +90,7 @@ def read_tum(path: str | Path) -> Trajectory:
         try:
             stamps.append(parse_stamp(fields[0]))
             rows.append([float(field) for field in fields[1:8]])
-        except (ValueError, OverflowError):  # infinity overflows an integer
+        except ValueError:
             rows.append([])
         if len(rows[-1]) != 7 or not np.isfinite(rows[-1]).all() or not any(rows[-1][3:]):
             raise ValueError(

@@ -116,13 +116,13 @@ def mean_transform(transforms: np.ndarray) -> np.ndarray:
     return T
 
 
-def share_in_view(source: View, target: View) -> float:
-    """Share of the source's points that lie in the target's image."""
+def share_in_view(source: View, target: View, size: tuple[int, int]) -> float:
+    """Share of the source's points that lie in the target's image of this size (h, w)."""
     T = np.linalg.inv(target.T_world_cam) @ source.T_world_cam
     x = source.points @ T[:3, :3].T + T[:3, 3]
     z = np.maximum(x[:, 2], 1e-6)
     u, v = x[:, 0] / z * target.K[0, 0] + target.K[0, 2], x[:, 1] / z * target.K[1, 1] + target.K[1, 2]
-    width, height = 2 * target.K[0, 2] + 1, 2 * target.K[1, 2] + 1
+    height, width = size
     return float(((x[:, 2] > 0) & (u > -0.5) & (u < width - 0.5) & (v > -0.5) & (v < height - 0.5)).mean())
 
 
@@ -181,7 +181,8 @@ class Engine:
         """Estimate of one frame. Cost and memory do not depend on how many came before.
 
         Raises ValueError when the image is not (H, W, 3) uint8 of at least 32 x 32, or K is not a finite pinhole matrix;
-        the state is then unchanged.
+        the state is then unchanged. Raises FloatingPointError when what the network says is not finite: it has spoilt the
+        memory, so that all frames until `reset` would fare the same.
         """
         image, K = self._prepare(frame)
         reason = unusable(image)
@@ -251,13 +252,17 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self, segment: Segment, pixels: Tensor, rays: Tensor | None) -> tuple[Prediction, np.ndarray]:
-        """Advance a segment by one frame; its points (3, H, W) float32 in the camera, in the gauge's unit."""
+        """Advance a segment by one frame; its points (3, H, W) float32 in the camera, in the gauge's unit. Raises
+        FloatingPointError."""
         segment.memory.admit()
         if graph := self._graphs.get(id(segment.memory)):
             out = graph(pixels, rays)
         else:
             out = self.network.step(pixels, segment.memory, rays, self.config.strategy, self.config.top_k, None)
-        return out, out.points[0, 0].float().cpu().numpy()
+        points = out.points[0, 0].float().cpu().numpy()
+        if not (np.isfinite(points).all() and all(x.isfinite().all() for x in (out.R, out.t, out.log_sigma))):
+            raise FloatingPointError("the network's output is not finite: check camera_info and engine.precision")
+        return out, points
 
     @staticmethod
     def _pose(out: Prediction, scale: float) -> np.ndarray:
@@ -272,7 +277,7 @@ class Engine:
         last = self._last_keyframe
         if last is None:
             return True
-        overlap = min(share_in_view(view, last), share_in_view(last, view))
+        overlap = min(share_in_view(*views, self.input_size) for views in ((view, last), (last, view)))
         baseline = np.linalg.norm(view.T_world_cam[:3, 3] - last.T_world_cam[:3, 3])
         return overlap < self.config.keyframe_overlap or baseline > PARALLAX * float(np.median(view.points[:, 2]))
 

@@ -64,8 +64,13 @@ class Pipeline:
         self._last_sigma = self._inherited_sigma = np.zeros(2)  # the latter from before the last `restart`
 
     def process(self, frame: Frame) -> Estimate:
-        """Estimate of one frame, in metres as far as `scale.factor` makes them so. Raises ValueError as `Engine.push`."""
-        estimate = self.engine.push(frame)
+        """Estimate of one frame, in metres as far as `scale.factor` makes them so. Raises ValueError as `Engine.push`. A frame
+        of which the network's output is not finite is lost, and a new segment starts at the last pose."""
+        try:
+            estimate = self.engine.push(frame)
+        except FloatingPointError as error:
+            self.restart()
+            return Estimate(frame.stamp_ns, Tracking.LOST, lost_reason=str(error))
         if estimate.T_world_cam is None:
             return estimate
         if self.odometry:

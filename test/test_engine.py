@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from speed3r_ros.model.config import EngineConfig, check
-from speed3r_ros.model.engine import Engine, solve_intrinsics
+from speed3r_ros.model.engine import Engine, View, share_in_view, solve_intrinsics
 from speed3r_ros.model.memory import Memory
 from speed3r_ros.model.network import Network, NetworkConfig, Prediction
 from speed3r_ros.model.types import Frame, Tracking, resize_intrinsics
@@ -25,8 +25,9 @@ def random_rotation(rng) -> np.ndarray:
 class OracleNetwork(torch.nn.Module):
     """Knows the truth, and tells it in a fresh random gauge and unit for every segment, as a real network would."""
 
-    def __init__(self, poses: np.ndarray, depth: float, rng) -> None:
+    def __init__(self, poses: np.ndarray, depth: float, rng, K: np.ndarray = K_TRUE) -> None:
         super().__init__()
+        self.K = K
         self.input_size, self.poses, self.depth, self.rng = (SIZE.height, SIZE.width), poses, depth, rng
         self.frame = -1
         self.gauges = {}
@@ -45,7 +46,8 @@ class OracleNetwork(torch.nn.Module):
         pose = self.poses[self.frame]
         u, v = np.meshgrid(np.arange(SIZE.width), np.arange(SIZE.height))
         z = np.full(u.shape, self.depth / unit)
-        points = np.stack([(u - K_TRUE[0, 2]) / K_TRUE[0, 0] * z, (v - K_TRUE[1, 2]) / K_TRUE[1, 1] * z, z])
+        K = self.K
+        points = np.stack([(u - K[0, 2]) / K[0, 0] * z, (v - K[1, 2]) / K[1, 1] * z, z])
         as_batch = lambda x: torch.as_tensor(x, dtype=torch.float64)[None, None]  # noqa: E731
         return Prediction(
             as_batch(points),
@@ -95,6 +97,30 @@ def test_standing_still_makes_no_keyframes_and_known_intrinsics_are_passed_on():
     np.testing.assert_allclose(estimates[-1].K, K)
     unknown = Engine(EngineConfig(device="cpu", precision="fp32"), network).push(numbered_frame(0))
     np.testing.assert_allclose(unknown.K, K_TRUE, rtol=1e-5)
+
+
+def test_standing_still_makes_no_keyframes_with_the_principal_point_far_from_the_middle():
+    rng = np.random.default_rng()
+    K = np.array([[90.0, 0, rng.uniform(15, 35)], [0, 110.0, rng.uniform(5, 50)], [0, 0, 1]])
+    network = OracleNetwork(np.tile(np.eye(4), (9, 1, 1)), 2.0, rng, K)
+    for known in (K, None):
+        engine = Engine(EngineConfig(device="cpu", precision="fp32"), network)
+        assert [engine.push(numbered_frame(i, known)).is_keyframe for i in range(9)] == [True] + [False] * 8
+
+
+def test_overlap_is_counted_in_the_image_wherever_the_principal_point_is():
+    """As of cropped images: a camera that slides before a wall sees what of it has not left the image."""
+    rng = np.random.default_rng()
+    for _ in range(20):
+        K = np.array([[90.0, 0, rng.uniform(10, 100)], [0, 110.0, rng.uniform(5, 50)], [0, 0, 1]])
+        u, v = np.meshgrid(np.arange(7, SIZE.width, 14.0), np.arange(7, SIZE.height, 14.0))
+        points = 2.0 * np.stack([(u - K[0, 2]) / 90, (v - K[1, 2]) / 110, np.ones_like(u)], -1).reshape(-1, 3)
+        right, down = 14 * rng.integers(-6, 7), 14 * rng.integers(-3, 4)  # pixels by which the camera slides
+        T = np.eye(4)
+        T[:2, 3] = 2.0 * right / 90, 2.0 * down / 110
+        before, after = View(np.eye(4), K, points), View(T, K, points)
+        inside = ((u - right >= 0) & (u - right < SIZE.width) & (v - down >= 0) & (v - down < SIZE.height)).mean()
+        assert share_in_view(before, after, (SIZE.height, SIZE.width)) == pytest.approx(inside)
 
 
 def test_intrinsics_follow_the_resize_in_closed_form():

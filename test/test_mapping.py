@@ -157,7 +157,29 @@ def test_stamps_are_exact_decimals(rng):
     for stamp in [0, 1, -1, 999_999_999, 10**9, -1_500_000_000, *rng.integers(-(2**62), 2**62, 50).tolist()]:
         assert Decimal(decimal_stamp(stamp)) == Decimal(stamp) / 10**9
         assert parse_stamp(decimal_stamp(stamp)) == stamp
+        for form in ("%.18e", "%.20E"):  # %.18e is numpy.savetxt's, with which evo writes trajectories
+            assert parse_stamp(form % Decimal(stamp).scaleb(-9)) == pytest.approx(stamp, abs=600)
+            assert parse_stamp(f"{Decimal(stamp):e}") == stamp * 10**9
     assert parse_stamp("12.5") == 12_500_000_000 and parse_stamp("7") == 7_000_000_000
+
+
+@pytest.mark.parametrize("text", ["", "now", "inf", "-inf", "nan", "1.2.3", "1/3"])
+def test_what_is_no_stamp_is_named(text):
+    with pytest.raises(ValueError):
+        parse_stamp(text)
+
+
+def test_trajectories_of_numpy_and_evo_keep_their_stamps(rng, tmp_path):
+    trajectory = walk(rng, 9, start_ns=int(rng.integers(10**18, 2 * 10**18)))
+    rows = np.column_stack(
+        [
+            trajectory.stamps_ns / 1e9,
+            trajectory.poses[:, :3, 3],
+            geometry.quaternion_from_matrix(trajectory.poses[:, :3, :3]),
+        ]
+    )
+    np.savetxt(tmp_path / "t.tum", rows)  # in scientific notation
+    np.testing.assert_allclose(read_tum(tmp_path / "t.tum").stamps_ns, trajectory.stamps_ns, rtol=0, atol=300)
 
 
 @pytest.mark.parametrize(

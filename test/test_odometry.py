@@ -295,6 +295,7 @@ def test_survives_a_cut_and_a_change_of_size(sequence):
         assert np.isfinite(got.T_world_cam).all() and (got.depth > 0).all()
         R = got.T_world_cam[:3, :3]
         assert np.allclose(R @ R.T, np.eye(3), atol=1e-9)
+        assert odometry._keyframes[-1].number < odometry._number  # else no keyframe would be due by its age
         assert 0.7 < got.K[0, 0] / estimate.K[0, 0] < 1.4 and got.K[0, 2] == pytest.approx(estimate.K[0, 2], abs=1)
         if i == 10:
             step = inverse(last.T_world_cam) @ got.T_world_cam

@@ -312,6 +312,16 @@ def test_a_repeated_stamp_is_skipped(scripted):
     assert len(engine.frames) == 3 and results.lost == {"the stamp repeats": 1}
 
 
+def test_a_late_frame_is_skipped_as_in_the_node(scripted):
+    engine, run = scripted
+    rng = np.random.default_rng()
+    late = 101 - rng.uniform(0.001, 0.999)
+    results = feed(run, [99, 100, 101, late, 101.5, 102])
+    assert engine.resets == 1 and len(engine.frames) == 5
+    assert results.lost == {"the stamp is older than the last": 1}
+    assert results.trajectory.stamps_ns.tolist() == [99 * 10**9, 100 * 10**9, 101 * 10**9, 1015 * 10**8, 102 * 10**9]
+
+
 def test_a_backward_jump_starts_anew(scripted, capsys):
     engine, run = scripted
     results = feed(run, [100, 101, 5, 6, 7])
