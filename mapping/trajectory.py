@@ -5,7 +5,6 @@ Poses are camera-to-world (4 x 4, OpenCV optical axes); stamps are integer nanos
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -19,38 +18,60 @@ NANO = 1_000_000_000
 
 
 class Trajectory:
-    """Poses in order of arrival; with max_length > 0 only the newest ones are kept."""
+    """Poses in order of arrival; with max_length > 0 only the newest ones are kept. 104 bytes each, in arrays that double."""
 
     def __init__(self, max_length: int = 0) -> None:
-        self._items: deque[tuple[int, np.ndarray]] = deque(maxlen=max_length or None)
+        self._most = max_length or np.iinfo(np.int64).max
+        self.clear()
 
     def __len__(self) -> int:
-        return len(self._items)
+        return self._count
 
     def append(self, stamp_ns: int, T_world_cam: np.ndarray) -> None:
         """Add the pose (4, 4) of one frame."""
-        self._items.append((int(stamp_ns), np.array(T_world_cam, dtype=np.float64)))
+        capacity = len(self._stamps)
+        if self._count == capacity < self._most:
+            order, more = self._order(), min(max(capacity, 64), self._most - capacity)
+            self._stamps = np.concatenate([self._stamps[order], np.zeros(more, np.int64)])
+            self._rows = np.concatenate([self._rows[order], np.zeros((more, 3, 4))])
+            self._first, capacity = 0, capacity + more
+        at = (self._first + self._count) % capacity  # when it is full, where the oldest is
+        self._stamps[at], self._rows[at] = stamp_ns, T_world_cam[:3]
+        if self._count < capacity:
+            self._count += 1
+        else:
+            self._first = (self._first + 1) % capacity
 
     def clear(self) -> None:
         """Forget all poses."""
-        self._items.clear()
+        self._stamps, self._rows = np.zeros(0, np.int64), np.zeros((0, 3, 4))
+        self._first = self._count = 0
+
+    def copy(self) -> Trajectory:
+        """One of its own, with no limit."""
+        return self.select(np.arange(self._count))
 
     def select(self, indices: np.ndarray) -> Trajectory:
         """A trajectory of some of the poses, by their indices (M,)."""
-        chosen, items = Trajectory(), list(self._items)
-        for index in indices:
-            chosen.append(*items[index])
+        chosen, at = Trajectory(), self._order()[np.asarray(indices, dtype=np.int64)]
+        chosen._stamps, chosen._rows, chosen._count = self._stamps[at], self._rows[at], len(at)
         return chosen
+
+    def _order(self) -> np.ndarray:
+        """Where the poses are in the arrays (N,), the oldest first."""
+        return (self._first + np.arange(self._count)) % max(len(self._stamps), 1)
 
     @property
     def stamps_ns(self) -> np.ndarray:
         """(N,) int64."""
-        return np.array([stamp for stamp, _ in self._items], dtype=np.int64)
+        return self._stamps[self._order()]
 
     @property
     def poses(self) -> np.ndarray:
         """(N, 4, 4) float64."""
-        return np.array([T for _, T in self._items], dtype=np.float64).reshape(-1, 4, 4)
+        out = np.tile(np.eye(4), (self._count, 1, 1))
+        out[:, :3] = self._rows[self._order()]
+        return out
 
     def write_tum(self, path: str | Path) -> None:
         """Write `timestamp tx ty tz qx qy qz qw` lines; the file appears whole or not at all. Raises OSError."""
@@ -74,9 +95,12 @@ def parse_stamp(text: str) -> int:
     """Decimal seconds, also in scientific notation as numpy and evo write them, to the nearest nanosecond, without passing
     through a float. Raises ValueError for other text."""
     try:
-        return round(Decimal(text.strip()) * NANO)
-    except ArithmeticError as error:  # no number, or infinity
-        raise ValueError(f"{text.strip()!r}: expected seconds as a decimal number") from error
+        value = Decimal(text.strip()) * NANO
+        if abs(value) < 2**63:  # an integer of a larger one, say of 1e999999999, may not fit into memory
+            return round(value)
+    except ArithmeticError:  # no number
+        pass
+    raise ValueError(f"{text.strip()!r}: expected seconds as a decimal number")
 
 
 def read_tum(path: str | Path) -> Trajectory:

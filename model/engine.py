@@ -26,6 +26,7 @@ from speed3r_ros.model.streaming import StreamingNetwork, load_network
 from speed3r_ros.model.types import Estimate, Frame, Tracking, resize_intrinsics
 
 HANDOVER = 3  # keyframes shared by consecutive segments
+FIELDS_OF_VIEW = 1.0, 170.0  # degrees, of rectified images; others ruin the scale for good
 SMALLEST_SIDE = 32  # pixels
 PARALLAX = 0.15  # baseline over median depth that makes a keyframe
 GRID = 14  # stride in pixels of the points that measure overlap
@@ -244,6 +245,12 @@ class Engine:
                 raise ValueError(
                     f"K = {K.tolist()}: expected a finite 3 x 3 pinhole matrix with positive focal lengths, or None"
                 )
+            view = 2 * np.degrees(np.arctan2(size[1::-1], 2 * np.diag(K)[:2]))
+            if not ((FIELDS_OF_VIEW[0] < view) & (view < FIELDS_OF_VIEW[1])).all():
+                raise ValueError(
+                    f"K = {K.tolist()} of {size[1]} x {size[0]} pixels: a field of view of {view[0]:.3g} x {view[1]:.3g} "
+                    "degrees; give focal lengths in pixels of this image, or None"
+                )
             K = resize_intrinsics(K, size, self.input_size)
         height, width = self.input_size
         shrink = size[0] >= height and size[1] >= width
@@ -260,7 +267,8 @@ class Engine:
         else:
             out = self.network.step(pixels, segment.memory, rays, self.config.strategy, self.config.top_k, None)
         points = out.points[0, 0].float().cpu().numpy()
-        if not (np.isfinite(points).all() and all(x.isfinite().all() for x in (out.R, out.t, out.log_sigma))):
+        pose = torch.cat([x.flatten().float() for x in (out.R, out.t, out.log_sigma)]).cpu().numpy()
+        if not (np.isfinite(points).all() and np.isfinite(pose).all()):
             raise FloatingPointError("the network's output is not finite: check camera_info and engine.precision")
         return out, points
 

@@ -1,7 +1,7 @@
 """The streaming memory: which past frames a new frame may see, in fixed storage.
 
 Frames cascade through three tiers. Fine keys and values: the *window* (the last frames), then, if they were keyframes,
-the *anchors* (whole frames; the segment's first frame stays for ever because it pins the gauge). Keyframes that leave
+the *anchors* (whole frames; of two or more, the segment's first frame stays for ever because it pins the gauge). Keyframes that leave
 the anchors go on as pooled tokens in the coarse *bank*; a full bank is thinned where keyframes stand closest in time, so
 that old views get sparser and coverage stays. A frame is in one tier at a time, so that no key is counted twice.
 

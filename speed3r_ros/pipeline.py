@@ -134,9 +134,5 @@ class Pipeline:
 
     def recorded(self) -> Trajectory:
         """A copy of the trajectory, which may be written while tracking goes on."""
-        copy = Trajectory(LONGEST)
         with self._lock:
-            stamps, poses = self.trajectory.stamps_ns, self.trajectory.poses
-        for stamp_ns, T in zip(stamps.tolist(), poses):
-            copy.append(stamp_ns, T)
-        return copy
+            return self.trajectory.copy()

@@ -192,6 +192,8 @@ GOOD = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         (GOOD, np.full((3, 3), np.nan), "nan"),
         (GOOD, np.diag([0.0, 0, 1]), "focal"),
         (GOOD, np.eye(4), "3 x 3"),
+        (GOOD, np.diag([1e-3, 1e-3, 1]), "pixels: a field of view of 180 x 180 degrees"),  # metres
+        (GOOD, np.diag([100.0, 1e5, 1]), "degrees; give focal lengths in pixels"),
     ],
 )
 def test_malformed_frames_are_refused_in_one_line_and_change_nothing(engine, image, K, says):
