@@ -27,7 +27,7 @@ from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry, Path
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy._rclpy_pybind11 import RCLError
-from rclpy.clock import JumpThreshold
+from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
@@ -226,7 +226,7 @@ class ReconNode(Node):
         self.create_timer(1 / self.config.tf.rate, self._send_map_to_odom)
         self.create_timer(1 / self.config.path.rate, self._send_path)
         self.create_timer(1 / self.config.map.rate, self._send_map)
-        self.create_timer(1.0, self._send_diagnostics)
+        self.create_timer(1.0, self._send_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
         backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=False)
         self._jump_handle = self.get_clock().create_jump_callback(backward, post_callback=self._on_clock_jump)
 
@@ -532,6 +532,12 @@ class ReconNode(Node):
             self._slow_publisher.mailbox.put(self._publish_map)
 
     def _send_diagnostics(self) -> None:
+        now_ns = self.get_clock().now().nanoseconds
+        if now_ns == 0 and self.statistics.counts["received"]:
+            self._tell(
+                "use_sim_time is true and /clock is silent: map -> odom, path and map wait for it; publish /clock (ros2 bag "
+                "play --clock) or set use_sim_time to false"
+            )
         if not self.diagnostics_pub.get_subscription_count():
             return
         factor = self.config.scale.factor
@@ -542,7 +548,7 @@ class ReconNode(Node):
             "model": self.config.engine.model,
             "device": str(self.pipeline.engine.device),
         }
-        stamp = ns_to_stamp(self.get_clock().now().nanoseconds)
+        stamp = ns_to_stamp(now_ns)
         dropped = (
             self._computer.mailbox.dropped + self._publisher.mailbox.dropped + self.statistics.counts["unfollowed"]
         )

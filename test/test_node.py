@@ -482,6 +482,62 @@ def test_best_effort_camera_that_is_the_base(rig):
     assert r.close() == 0
 
 
+def test_before_and_after_the_clock(rig):
+    """use_sim_time: images are answered before /clock speaks, its silence is said, and then it dates map -> odom."""
+    from rosgraph_msgs.msg import Clock
+
+    r = rig(f"frames.base_to_camera:='{STEREO}'", "use_sim_time:=true", "tf.lead:=0.0")
+    start = 10**18 + int(r.rng.integers(10**9))
+    r.answered(start)
+    r.wait(lambda: "/clock is silent" in r.text() and r.heard["/diagnostics"], 10, "diagnostics without a clock")
+    assert stamp(r.last("/diagnostics")) == 0
+    clock = r.node.create_publisher(Clock, "/clock", 10)
+
+    def tick(now_ns: int) -> None:
+        message = Clock()
+        message.clock.sec, message.clock.nanosec = divmod(now_ns, 10**9)
+        clock.publish(message)
+        r.spin(0.02)
+
+    r.wait(clock.get_subscription_count, 10, "the node hears the clock")
+    for i in range(50, 100):
+        tick(start + i * 10**7)
+    r.answered(start + 10**9)
+    for i in range(100, 130):
+        tick(start + i * 10**7)
+    dated = [stamp(t) for m in r.heard["/tf"] for t in m.transforms if t.child_frame_id == "odom"]
+    assert dated and all(start < s < start + 2 * 10**9 for s in dated)
+    tick(start - 10**9)  # the simulation starts anew
+    r.wait(lambda: "the clock jumped back by" in r.text(), 5, "a reset")
+    r.answered(start - 10**9)
+    np.testing.assert_allclose(
+        matrix(r.last("pose").pose.pose.position, r.last("pose").pose.pose.orientation), np.eye(4), atol=1e-9
+    )
+    assert r.text().count("/clock is silent") == 1
+    assert r.close() == 0
+
+
+def test_images_of_a_camera_that_comes_later_need_no_clock():
+    """The node subscribes while /clock is silent: players wait for that before they start the clock."""
+    from speed3r_ros.qos import FollowingSubscription
+
+    rclpy.init()
+    try:
+        simulated = [rclpy.parameter.Parameter("use_sim_time", value=True)]
+        node = rclpy.create_node("waits", parameter_overrides=simulated)
+        FollowingSubscription(node, Image, "late_image", lambda message: None)
+        camera = rclpy.create_node("late_camera")
+        publisher = camera.create_publisher(Image, "late_image", 10)
+        limit = time.monotonic() + 15
+        while not publisher.get_subscription_count() and time.monotonic() < limit:
+            rclpy.spin_once(node, timeout_sec=0.05)
+        assert publisher.get_subscription_count() == 1
+        camera.destroy_node()
+        node.destroy_node()
+    finally:
+        rclpy.shutdown()
+
+
 def test_odometry_of_another_node(rig):
     """REP-105: map -> odom makes up for what odom -> base lacks. The images' clock is not that of the node, as in replay."""
     r = rig(f"frames.base_to_camera:='{STEREO}'", "tf.publish_odom_to_base:=false", "tf.lead:=0.1")
