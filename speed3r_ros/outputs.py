@@ -18,6 +18,18 @@ def parse_pose(text: str) -> np.ndarray:
     return transform(values[:3], values[3:])
 
 
+def twist_between(T_before: np.ndarray, T_now: np.ndarray, seconds: float) -> np.ndarray:
+    """Mean velocity (6,) in the moving frame over an interval: linear, then angular (axis-angle rate)."""
+    if seconds <= 0:
+        return np.zeros(6)
+    step = inverse(T_before) @ T_now
+    R = step[:3, :3]
+    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / 2
+    sine = np.linalg.norm(axis)
+    angle = np.arctan2(sine, (np.trace(R) - 1) / 2)
+    return np.concatenate([step[:3, 3], axis * (angle / sine if sine > 1e-12 else 1.0)]) / seconds
+
+
 class WorldFrame:
     """From the engine's world (the first camera's optical axes) to z-up frames (REP-103, REP-105).
 

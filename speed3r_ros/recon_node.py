@@ -46,8 +46,8 @@ from speed3r_ros.mapping.geometry import T_link_optical, inverse
 from speed3r_ros.mapping.point_map import write_ply
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame, Tracking
-from speed3r_ros.outputs import WorldFrame
-from speed3r_ros.pipeline import DISORDER_NS, Pipeline, Step, step_in_time
+from speed3r_ros.outputs import WorldFrame, twist_between
+from speed3r_ros.pipeline import DISORDER_NS, SKIPPED, Pipeline, Step, step_in_time
 from speed3r_ros.qos import FollowingSubscription
 from speed3r_ros.worker import Mailbox, Worker
 
@@ -115,18 +115,6 @@ def calibration(info: CameraInfo) -> tuple:
     region = info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height
     sizes = info.width, info.height, info.binning_x, info.binning_y
     return *sizes, *region, info.distortion_model, info.k.tobytes(), info.d.tobytes()
-
-
-def twist_between(T_before: np.ndarray, T_now: np.ndarray, seconds: float) -> np.ndarray:
-    """Mean velocity (6,) in the moving frame over an interval: linear, then angular (axis-angle rate)."""
-    if seconds <= 0:
-        return np.zeros(6)
-    step = inverse(T_before) @ T_now
-    R = step[:3, :3]
-    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / 2
-    sine = np.linalg.norm(axis)
-    angle = np.arctan2(sine, (np.trace(R) - 1) / 2)
-    return np.concatenate([step[:3, 3], axis * (angle / sine if sine > 1e-12 else 1.0)]) / seconds
 
 
 class ReconNode(Node):
@@ -354,13 +342,11 @@ class ReconNode(Node):
         """Whether a frame with this stamp is to be used; a jump in time starts a new segment, or all anew."""
         last_ns = self._last_stamp
         step = step_in_time(last_ns, stamp_ns, self.config.input)
-        if step is Step.REPEATED or step is Step.LATE:
+        if step in SKIPPED:
             self.statistics.count("bad")
             late = f"is {(last_ns - stamp_ns) / 1e9:.3f} s older than the one before"
-            self._tell(
-                f"image stamp {stamp_ns} ns {'repeats' if step is Step.REPEATED else late}: "
-                "the frame is skipped; check the camera driver's clock"
-            )
+            why = late if step is Step.LATE else step.value
+            self._tell(f"image stamp {stamp_ns} ns {why}: the frame is skipped; check the camera driver's clock")
             return False
         if step is Step.BACK:
             self._reset(f"image stamps jumped back by {(last_ns - stamp_ns) / 1e9:.3f} s")

@@ -189,8 +189,7 @@ class Run:
         """The estimate of the next frame, or None when it gets no pose."""
         started = time.monotonic()
         self._number += 1
-        last, self._last_stamp = self._last_stamp, stamp_ns
-        if last is not None and not self._continues(last, stamp_ns):
+        if not self._continues(stamp_ns):
             return None
         K = None
         if camera is not None:
@@ -219,17 +218,21 @@ class Run:
             self.results.strips.append(Strip(stamp_ns, estimate.image, depth, estimate.confidence, aspect))
         return estimate
 
-    def _continues(self, last: int, stamp_ns: int) -> bool:
+    def _continues(self, stamp_ns: int) -> bool:
         """Whether a frame with this stamp is to be used; a jump in time starts the pipeline anew, as in the node."""
-        rules = self._pipeline.config.input
-        if stamp_ns == last:
-            self._lost["the stamp repeats"] += 1
+        from speed3r_ros.pipeline import SKIPPED, Step, step_in_time
+
+        last = self._last_stamp
+        step = step_in_time(last, stamp_ns, self._pipeline.config.input)
+        if step in SKIPPED:
+            self._lost[f"the stamp {step.value}"] += 1
             return False
-        if stamp_ns < last and rules.reset_on_time_jump:
+        self._last_stamp = stamp_ns
+        if step is Step.BACK:
             self._tell(f"stamps jump back by {(last - stamp_ns) / 1e9:.3f} s: reconstruction starts anew")
             self._pipeline.reset()
             self.results.trajectory.clear()
-        elif stamp_ns - last > rules.max_gap * 1e9:
+        elif step is Step.GAP:
             self._tell(f"no image for {(stamp_ns - last) / 1e9:.1f} s: a new segment starts at the last pose")
             self._pipeline.restart()
         return True
@@ -263,7 +266,7 @@ def reconstruct(
         for stamp_ns, image, camera in tqdm(frames, desc="reconstructing", total=count, unit="frame"):
             estimate = run.add(stamp_ns, image, camera)
             if writer and estimate:
-                writer.write(estimate)
+                writer.write(estimate, begins=len(run.results.trajectory) == 1)
     results = run.finish()
     results.trajectory.write_tum(folder / "trajectory.tum")
     pipeline.point_map.write_ply(folder / "map.ply")

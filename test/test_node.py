@@ -400,7 +400,9 @@ def test_bad_input_is_said_once_and_survived(rig):
     r.answered(repeated)
     r.unanswered(r.image(repeated))
     r.unanswered(r.image(repeated - 40_000_000))  # overtaken on its way: skipped, and nothing is lost
+    r.unanswered(r.image(0))  # a stamp that the driver did not set: likewise
     before = r.last("pose").pose.pose.position.x
+    assert before > 1
     r.answered(repeated + 5 * 3600 * 10**9)  # hours ahead: goes on from the last pose
     assert abs(r.last("pose").pose.pose.position.x - before) < 1e-9
     r.answered(now)  # back, as when a bag loops: starts anew
@@ -410,7 +412,7 @@ def test_bad_input_is_said_once_and_survived(rig):
 
     text = r.text()
     for words in [says for _, says in BAD_IMAGES.values()] + [
-        "black frame", "saturated frame", "without contrast", "K = .nan", "camera_info is for 640 x 480", "repeats", "0.040 s older",
+        "black frame", "saturated frame", "without contrast", "K = .nan", "camera_info is for 640 x 480", "repeats", "0.040 s older", "stamp 0 ns is not set",
         "no image for 18000.0 s", "image stamps jumped back",
     ]:  # fmt: skip
         lines = [line for line in text.splitlines() if words in line or re.search(words, line)]
