@@ -6,6 +6,8 @@ import numpy as np
 
 from speed3r_ros.mapping.geometry import T_link_optical, inverse, transform
 
+CAMERA_FRAME = "camera_optical_frame"  # where the images name none, as recorded inputs do
+
 
 def parse_pose(text: str) -> np.ndarray:
     """`x y z qx qy qz qw` -> (4, 4). Raises ValueError naming the value."""

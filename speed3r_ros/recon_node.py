@@ -46,7 +46,7 @@ from speed3r_ros.mapping.geometry import T_link_optical, inverse
 from speed3r_ros.mapping.point_map import write_ply
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame, Tracking
-from speed3r_ros.outputs import WorldFrame, twist_between
+from speed3r_ros.outputs import CAMERA_FRAME, WorldFrame, twist_between
 from speed3r_ros.pipeline import DISORDER_NS, SKIPPED, Pipeline, Step, step_in_time
 from speed3r_ros.qos import FollowingSubscription
 from speed3r_ros.worker import Mailbox, Worker
@@ -126,13 +126,13 @@ class ReconNode(Node):
         self.config = self._declare()
         self.pipeline = Pipeline(self.config, engine)
         self.statistics = Statistics()
-        self.paused = False
         self._lock = threading.Lock()  # one frame or one reset at a time
         self._map_lock = threading.Lock()  # taken after `_lock`
         self._epoch = 0  # number of resets
         self._path_lock = threading.Lock()
         self._world: WorldFrame | None = None
         self._camera = (None, None)  # calibration and the camera that it means
+        self._calibrated = False  # whether the last image went with its camera
         self._info: CameraInfo | None = None
         self._last_stamp: int | None = None
         self._last_pose: tuple[int, np.ndarray] | None = None
@@ -222,7 +222,7 @@ class ReconNode(Node):
 
     def _receive(self, message: Any) -> None:
         self.statistics.received()
-        if not self.paused:
+        if not self.statistics.paused:
             now_ns = self.get_clock().now().nanoseconds
             self._computer.mailbox.put(Received(message, self._info, time.monotonic(), now_ns))
             time.sleep(HAND_OVER)
@@ -260,11 +260,10 @@ class ReconNode(Node):
         return future
 
     def _on_pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        self.paused = request.data
-        if self.paused:
+        self.statistics.paused = request.data
+        if request.data:
             self._computer.mailbox.clear()
-            self.statistics.tracking = "paused"
-        response.success, response.message = True, "paused" if self.paused else "running"
+        response.success, response.message = True, "paused" if request.data else "running"
         return response
 
     async def _on_save_trajectory(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -298,10 +297,10 @@ class ReconNode(Node):
     def _compute(self, received: Received) -> None:
         message = received.message
         stamp_ns = stamp_to_ns(message.header.stamp)
-        frame_id = self.config.frames.camera or message.header.frame_id
         if not self._continues(stamp_ns):
             return
         frame = self._frame(message, received.info, stamp_ns)
+        frame_id = self._camera_frame(message)
         if not self._find_extrinsics(frame_id):
             self.statistics.tracking = "waiting for TF"
             return
@@ -369,7 +368,17 @@ class ReconNode(Node):
                 image, K = self._camera[1].rectify(image)
         except ValueError as error:
             self._tell(f"{error}; until then intrinsics count as unknown")
+        self._calibrated = K is not None
         return Frame(image, stamp_ns, K)
+
+    def _camera_frame(self, message: Any) -> str:
+        """Name of the camera's optical frame: one that TF takes, without a slash in front."""
+        frame_id = (self.config.frames.camera or message.header.frame_id).lstrip("/")
+        if not frame_id:
+            self._tell(
+                f"images carry no frame_id: {CAMERA_FRAME!r} stands for it; set it in the camera driver or frames.camera"
+            )
+        return frame_id or CAMERA_FRAME
 
     def _find_extrinsics(self, frame_id: str) -> bool:
         if self._world is not None:
@@ -383,7 +392,8 @@ class ReconNode(Node):
             T = T_link_optical
             self.get_logger().warning(
                 f"TF does not connect {base!r} to {frame_id!r}: a level, forward-looking camera at the base's origin is "
-                "assumed; publish the transform or set frames.base_to_camera"
+                "assumed; publish the transform, or set frames.base_to_camera and, so that others can place its depth and "
+                "points, tf.publish_base_to_camera"
             )
         self.extrinsics.finish()
         self._world = WorldFrame(T)
@@ -530,15 +540,16 @@ class ReconNode(Node):
         facts = {
             "scale": "unknown (monocular)" if factor == 1 else f"fixed factor {factor:g}",
             "map_points": len(self.pipeline.point_map),
-            "intrinsics": "known" if self._camera[1] is not None else "unknown",
+            "intrinsics": "known" if self._calibrated else "unknown",
             "model": self.config.engine.model,
             "device": str(self.pipeline.engine.device),
         }
         stamp = ns_to_stamp(now_ns)
+        name = self.get_fully_qualified_name().lstrip("/")  # nodes of several robots share /diagnostics
         dropped = (
             self._computer.mailbox.dropped + self._publisher.mailbox.dropped + self.statistics.counts["unfollowed"]
         )
-        self.diagnostics_pub.publish(diagnostics_message(stamp, self.get_name(), self.statistics, dropped, facts))
+        self.diagnostics_pub.publish(diagnostics_message(stamp, name, self.statistics, dropped, facts))
 
     def stop(self) -> None:
         """End the threads; call before destroy_node."""

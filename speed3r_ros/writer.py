@@ -16,9 +16,7 @@ from speed3r_ros.config import Config
 from speed3r_ros.convert import bag_types
 from speed3r_ros.mapping.geometry import T_link_optical
 from speed3r_ros.model.types import Estimate
-from speed3r_ros.outputs import WorldFrame, parse_pose, twist_between
-
-CAMERA_FRAME = "camera_optical_frame"  # recorded inputs carry no frame_id
+from speed3r_ros.outputs import CAMERA_FRAME, WorldFrame, parse_pose, twist_between
 
 
 class OutputBag:

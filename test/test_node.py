@@ -44,14 +44,19 @@ class Rig:
     """Publishes images to a node in another process and collects all that it says."""
 
     def __init__(
-        self, tmp_path: Path, *parameters: str, engine: str = "ScriptedEngine", best_effort: bool = False
+        self,
+        tmp_path: Path,
+        *parameters: str,
+        engine: str = "ScriptedEngine",
+        best_effort: bool = False,
+        namespace: str = "",
     ) -> None:
         self.log_path = tmp_path / "node.log"
         self.log = open(self.log_path, "w")
         module = [str(ROOT / "test" / "doubles.py"), engine] if engine else ["-m", "speed3r_ros.recon_node"]
         if engine == "ScriptedEngine":  # its motion is not that of its images
             parameters = (*parameters, "odometry.features:=0")
-        arguments = ["--ros-args"] + [x for p in parameters for x in ("-p", p)]
+        arguments = ["--ros-args", "-r", f"__ns:=/{namespace}"] + [x for p in parameters for x in ("-p", p)]
         self.process = subprocess.Popen(
             [sys.executable, *module, *arguments],
             stdout=self.log,
@@ -60,7 +65,7 @@ class Rig:
             env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
         )
         rclpy.init()
-        self.node = rclpy.create_node("camera_and_witness")
+        self.node = rclpy.create_node("camera_and_witness", namespace=namespace)
         self.heard = defaultdict(list)
         for topic, kind, latched in (
             ("pose", PoseWithCovarianceStamped, False), ("odometry", Odometry, False), ("path", PathMessage, False),
@@ -392,6 +397,8 @@ def test_bad_input_is_said_once_and_survived(rig):
         r.info(k, shape)
         r.answered(next(tick))
         np.testing.assert_allclose(r.last("depth/camera_info").k, K_UNKNOWN.ravel())
+        r.heard["/diagnostics"].clear()
+        r.wait(lambda: r.facts().get("intrinsics") == "unknown", 5, "diagnostics say that they are unknown")
     r.info()
     r.answered(next(tick))
     assert abs(r.last("depth/camera_info").k[0] - K[0] * SIZE[1] / SHAPE[1]) < 1e-9
@@ -540,6 +547,44 @@ def test_images_of_a_camera_that_comes_later_need_no_clock():
         rclpy.shutdown()
 
 
+def test_namespace_and_images_without_a_name(rig):
+    """Two robots share /diagnostics. TF takes no frame whose name is empty or begins with a slash."""
+    r = rig("frames.base:=''", namespace="robot1")
+    for i, (named, frame) in enumerate((("", "camera_optical_frame"), ("/left", "left"), (FRAME, FRAME))):
+        message = r.image(10**18 + i * 10**8)
+        message.header.frame_id = named
+        r.images.publish(message)
+        for topic in PER_FRAME:
+            r.wait(lambda t=topic: stamp(r.last(t)) == stamp(message), 10, topic)  # noqa: B023 (called at once)
+        assert {r.last(t).header.frame_id for t in ("points", "depth/image", "depth/camera_info", "confidence")} == {
+            frame
+        }
+        assert r.last("odometry").child_frame_id == frame
+    r.wait(lambda: r.heard["/diagnostics"], 5, "diagnostics")
+    assert [s.name for s in r.last("/diagnostics").status] == ["robot1/speed3r: tracking", "robot1/speed3r: throughput"]
+    assert {t.child_frame_id for m in r.heard["/tf"] for t in m.transforms} <= {
+        "camera_optical_frame",
+        "left",
+        FRAME,
+        "odom",
+    }
+    assert r.text().count("no frame_id") == 1
+    assert r.close() == 0
+
+
+def test_a_pause_is_said_in_the_middle_of_a_frame(rig):
+    r = rig("frames.base_to_camera:='0 0 0 0 0 0 1'", engine="SlowEngine")
+    for i in range(4):
+        r.images.publish(r.image(10**18 + i * 10**8))
+        r.spin(0.05)
+    assert r.call(SetBool, "speed3r/pause", data=True).success
+    r.spin(1.0)  # whatever was underway has come
+    r.heard["/diagnostics"].clear()
+    r.wait(lambda: r.heard["/diagnostics"], 5, "diagnostics")
+    assert [s.message for s in r.last("/diagnostics").status] == ["paused", "paused"]
+    assert r.close() == 0
+
+
 def test_odometry_of_another_node(rig):
     """REP-105: map -> odom makes up for what odom -> base lacks. The images' clock is not that of the node, as in replay."""
     r = rig(f"frames.base_to_camera:='{STEREO}'", "tf.publish_odom_to_base:=false", "tf.lead:=0.1")
@@ -599,6 +644,8 @@ def test_extrinsics_from_tf(rig):
         ("engine.window:=0", "engine.window = 0: must be in"),
         ("engine.attention:=flash", "choose one of auto, speed3r, dense"),
         ("engine.windw:=3", "did you mean 'engine.window'"),
+        ("frames.odom:=''", "frames.odom = '': must have a name"),
+        ("frames.base:=/base_link", "frames.base = '/base_link': TF takes no slash in front; use 'base_link'"),
         ("frames.base_to_camera:='1 2 3'", "expected `x y z qx qy qz qw`"),
         ("engine.weights:=nowhere", "no weights 'nowhere'"),
         ("engine.model:=pi3", "run `speed3r weights fetch pi3`"),
