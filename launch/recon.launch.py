@@ -1,6 +1,6 @@
 """Run the reconstruction node, and optionally RViz and the replay of a bag.
 
-ros2 launch speed3r_ros recon.launch.py image:=/camera/image_raw camera_info:=/camera/camera_info
+ros2 launch speed3r_ros recon.launch.py image:=/camera/image_raw    # and camera_info beside it
 ros2 launch speed3r_ros recon.launch.py bag:=/path/to/bag image:=/camera/image_raw rviz:=true
 """
 
@@ -44,7 +44,9 @@ def arguments() -> list[DeclareLaunchArgument]:
             "params_file", default_value=share("config", "recon.yaml"), description="YAML file of the node's parameters"
         ),
         DeclareLaunchArgument("image", default_value="image", description="camera image topic, without /compressed"),
-        DeclareLaunchArgument("camera_info", default_value="camera_info", description="topic of the intrinsics"),
+        DeclareLaunchArgument(
+            "camera_info", default_value="", description="topic of the intrinsics; empty = camera_info beside `image`"
+        ),
         DeclareLaunchArgument("model", default_value="", description=f"network, see params_file; {kept}"),
         DeclareLaunchArgument("attention", default_value="", description=f"attention across frames; {kept}"),
         DeclareLaunchArgument(
@@ -58,7 +60,7 @@ def arguments() -> list[DeclareLaunchArgument]:
             "use_sim_time",
             default_value="",
             choices=optional_flag,
-            description="take the time from /clock; empty = true when a bag is replayed",
+            description="take the time from /clock; empty = true when a bag is replayed, else as in params_file",
         ),
         DeclareLaunchArgument("base_frame", default_value="", description=f"robot body frame; {kept}"),
         DeclareLaunchArgument("odom_frame", default_value="", description=f"odometry frame; {kept}"),
@@ -102,16 +104,17 @@ def nodes(context: LaunchContext) -> list[Action]:
     def given(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
-    bag = given("bag")
-    sim_time = {"use_sim_time": (given("use_sim_time") or str(bool(bag))).lower() == "true"}
+    bag, image = given("bag"), given("image")
+    decided = given("use_sim_time") or ("true" if bag else "")
+    sim_time = [{"use_sim_time": decided == "true"}] if decided else []
     chosen = {parameter: given(name) for name, parameter in PARAMETERS.items() if given(name)}
     if "tf.publish" in chosen:
         chosen["tf.publish"] = chosen["tf.publish"] == "true"
 
     remappings = [
-        ("image", given("image")),
-        ("image/compressed", given("image") + "/compressed"),  # remapping `image` leaves this name alone
-        ("camera_info", given("camera_info")),
+        ("image", image),
+        ("image/compressed", f"{image}/compressed"),  # remapping `image` leaves this name alone
+        ("camera_info", given("camera_info") or "/".join([*image.split("/")[:-1], "camera_info"])),
     ]
     relative_tf = [("/tf", "tf"), ("/tf_static", "tf_static")]
     started: list[Action] = [
@@ -120,7 +123,11 @@ def nodes(context: LaunchContext) -> list[Action]:
             executable="recon_node",
             name="speed3r",
             namespace=given("namespace"),
-            parameters=[ParameterFile(given("params_file"), allow_substs=True), sim_time | chosen],
+            parameters=[
+                ParameterFile(given("params_file"), allow_substs=True),
+                *sim_time,
+                *([chosen] if chosen else []),
+            ],
             remappings=remappings + relative_tf,
             arguments=["--ros-args", "--log-level", given("log_level")],
             output="screen",
@@ -132,8 +139,8 @@ def nodes(context: LaunchContext) -> list[Action]:
             executable="rviz2",
             namespace=given("namespace"),
             arguments=["-d", share("config", "recon.rviz")],
-            parameters=[sim_time],
-            remappings=[("/image", given("image"))] + [(f"/{topic}", topic) for topic in DISPLAYED] + relative_tf,
+            parameters=sim_time,
+            remappings=[("/image", image)] + [(f"/{topic}", topic) for topic in DISPLAYED] + relative_tf,
             condition=IfCondition(given("rviz")),
         ),
     ]

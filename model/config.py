@@ -41,7 +41,9 @@ def check(config: Any, prefix: str = "") -> None:
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(meta['choices'])}")
         low, high = meta["low"], meta["high"]
         if kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
-            raise ValueError(f"{name} = {value!r}: must be in [{low}, {high}]")
+            raise ValueError(
+                f"{name} = {value!r}: must be " + (f"in [{low}, {high}]" if high is not None else f">= {low}")
+            )
     if hasattr(config, "check_together"):
         config.check_together(prefix)
 

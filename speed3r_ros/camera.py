@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 
 FISHEYE = ("equidistant", "fisheye")
-MODELS = ("plumb_bob", "rational_polynomial", "thin_prism_fisheye", *FISHEYE)
+MODELS = ("plumb_bob", "rational_polynomial", *FISHEYE)
+# Numbers of coefficients that OpenCV takes; of a fisheye lens it takes four, and drivers pad them with zeros.
+COEFFICIENTS = (4, 5, 8, 12, 14)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +32,21 @@ class Camera:
         K, D = np.asarray(self.K, dtype=np.float64), np.asarray(self.D, dtype=np.float64)
         if not np.isfinite(K).all() or K[0, 0] <= 0 or K[1, 1] <= 0 or K[2, 2] != 1:
             raise ValueError(
-                f"camera_info K = {K.reshape(-1).tolist()}: focal lengths must be positive and finite; calibrate the camera"
+                f"camera_info K = {K.reshape(-1).tolist()}: focal lengths must be positive and finite, and the last value 1; "
+                "calibrate the camera"
             )
         if not np.isfinite(D).all():
             raise ValueError(f"camera_info D = {D.tolist()}: must be finite; calibrate the camera")
-        if self.model not in MODELS:
-            raise ValueError(f"distortion model {self.model!r}: choose one of {', '.join(MODELS)}")
+        if np.any(D):  # a lens without distortion needs no model
+            if self.model not in MODELS:
+                raise ValueError(f"distortion model {self.model!r}: choose one of {', '.join(MODELS)}")
+            fisheye = self.model in FISHEYE
+            if len(D) < 4 or np.any(D[4:]) if fisheye else len(D) not in COEFFICIENTS:
+                takes = "4" if fisheye else ", ".join(map(str, COEFFICIENTS))
+                raise ValueError(
+                    f"camera_info D = {D.tolist()}: {self.model} takes {takes} coefficients, not {len(D)}; fill up with zeros, "
+                    "or calibrate the camera"
+                )
         if self.width <= 0 or self.height <= 0:
             raise ValueError(f"camera_info is for {self.width} x {self.height} pixels: set width and height")
 

@@ -43,6 +43,15 @@ class FramesConfig:
         2.0, "seconds to wait for base to camera in TF before a level camera is assumed", low=0.0, high=60.0
     )
 
+    def check_together(self, prefix: str) -> None:
+        """Raise ValueError with one line for names that TF does not take."""
+        for name in ("map", "odom", "base", "camera"):
+            value = getattr(self, name)
+            if value.startswith("/"):
+                raise ValueError(f"{prefix}{name} = {value!r}: TF takes no slash in front; use {value.lstrip('/')!r}")
+            if not value and name in ("map", "odom"):
+                raise ValueError(f"{prefix}{name} = '': must have a name, e.g. {name!r}")
+
 
 @dataclass(frozen=True)
 class TfConfig:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+WINDOW = 5.0  # seconds that rates and latencies are taken over
+MOST = 5000  # events kept of them: 1 kHz
+
 
 def resident_bytes() -> int:
     """Memory of this process in use, where the system tells (Linux)."""
@@ -25,10 +28,11 @@ class Statistics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._received: deque[float] = deque(maxlen=200)
-        self._processed: deque[tuple[float, float, bool]] = deque(maxlen=200)
+        self._received: deque[float] = deque(maxlen=MOST)
+        self._processed: deque[tuple[float, float, bool]] = deque(maxlen=MOST)
         self.counts: Counter[str] = Counter()
         self.tracking, self.note = "waiting for images", ""
+        self.paused = False  # apart from `tracking`, which the frame that is being computed sets afterwards
 
     def received(self) -> None:
         """An image has arrived."""
@@ -48,18 +52,18 @@ class Statistics:
         with self._lock:
             self.counts[what] += 1
 
-    def summary(self, window: float = 5.0) -> dict[str, float]:
-        """Rates in Hz and latencies in ms over the last `window` seconds."""
+    def summary(self) -> dict[str, float]:
+        """Rates in Hz and latencies in ms over the last `WINDOW` seconds."""
         now = time.monotonic()
         with self._lock:
-            received = sum(now - t < window for t in self._received)
-            recent = [(latency, by_network) for t, latency, by_network in self._processed if now - t < window]
+            received = sum(now - t < WINDOW for t in self._received)
+            recent = [(latency, by_network) for t, latency, by_network in self._processed if now - t < WINDOW]
         latencies = [latency for latency, _ in recent]
         p50, p95 = np.percentile(latencies, (50, 95)) * 1e3 if latencies else (float("nan"),) * 2
         return {
-            "input_hz": received / window,
-            "processed_hz": len(recent) / window,
-            "network_hz": sum(by_network for _, by_network in recent) / window,
+            "input_hz": received / WINDOW,
+            "processed_hz": len(recent) / WINDOW,
+            "network_hz": sum(by_network for _, by_network in recent) / WINDOW,
             "latency_p50_ms": p50,
             "latency_p95_ms": p95,
         }
@@ -70,17 +74,16 @@ def diagnostics_message(
 ) -> DiagnosticArray:
     """The state of tracking and of throughput: OK, WARN or ERROR, with one line each and the numbers behind them."""
     numbers, counts = statistics.summary(), statistics.counts
-    level, text = DiagnosticStatus.OK, statistics.tracking
-    if statistics.tracking == "lost":
+    tracking = "paused" if statistics.paused else statistics.tracking
+    level, text = DiagnosticStatus.OK if tracking == "tracking" else DiagnosticStatus.WARN, tracking
+    if tracking == "lost":
         level, text = DiagnosticStatus.ERROR, f"lost: {statistics.note}"
-    elif statistics.tracking == "weak":
-        level, text = DiagnosticStatus.WARN, "weak: no image features confirm the pose, which is the network's alone"
-    elif statistics.tracking in ("starting", "paused", "waiting for images"):
-        level = DiagnosticStatus.WARN
+    elif tracking == "weak":
+        text = "weak: no image features confirm the pose, which is the network's alone"
     if counts["received"] and not numbers["input_hz"]:
-        level, text = DiagnosticStatus.STALE, "no images for 5 s"
-    tracking = {
-        "tracking": statistics.tracking,
+        level, text = DiagnosticStatus.STALE, f"no images for {WINDOW:g} s"
+    state = {
+        "tracking": tracking,
         "lost_frames": counts["lost"],
         "weak_frames": counts["weak"],
         "bad_frames": counts["bad"],
@@ -94,7 +97,9 @@ def diagnostics_message(
         "memory_mb": resident_bytes() // 2**20,
     }
     load = "keeps up"
-    if numbers["input_hz"] > 1.5 * max(numbers["processed_hz"], 1e-9):
+    if statistics.paused:
+        load = "paused"
+    elif numbers["input_hz"] > 1.5 * max(numbers["processed_hz"], 1e-9):
         load = "slower than the camera: frames are dropped"
     elif numbers["input_hz"] > 1.5 * max(numbers["network_hz"], 1e-9):
         load = "the network is slower than the camera: between its frames, features alone give the poses"
@@ -106,10 +111,10 @@ def diagnostics_message(
     message = DiagnosticArray()
     message.header.stamp = stamp
     message.status = [
-        status("tracking", level, text, tracking),
+        status("tracking", level, text, state),
         status(
             "throughput",
-            DiagnosticStatus.OK if load == "keeps up" else DiagnosticStatus.WARN,
+            DiagnosticStatus.OK if load in ("keeps up", "paused") else DiagnosticStatus.WARN,
             load,
             throughput,
         ),

@@ -6,6 +6,8 @@ import numpy as np
 
 from speed3r_ros.mapping.geometry import T_link_optical, inverse, transform
 
+CAMERA_FRAME = "camera_optical_frame"  # where the images name none, as recorded inputs do
+
 
 def parse_pose(text: str) -> np.ndarray:
     """`x y z qx qy qz qw` -> (4, 4). Raises ValueError naming the value."""
@@ -16,6 +18,18 @@ def parse_pose(text: str) -> np.ndarray:
     if len(values) != 7 or not np.isfinite(values).all() or np.linalg.norm(values[3:]) < 1e-6:
         raise ValueError(f"frames.base_to_camera = {text!r}: expected `x y z qx qy qz qw` with a non-zero quaternion")
     return transform(values[:3], values[3:])
+
+
+def twist_between(T_before: np.ndarray, T_now: np.ndarray, seconds: float) -> np.ndarray:
+    """Mean velocity (6,) in the moving frame over an interval: linear, then angular (axis-angle rate)."""
+    if seconds <= 0:
+        return np.zeros(6)
+    step = inverse(T_before) @ T_now
+    R = step[:3, :3]
+    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / 2
+    sine = np.linalg.norm(axis)
+    angle = np.arctan2(sine, (np.trace(R) - 1) / 2)
+    return np.concatenate([step[:3, 3], axis * (angle / sine if sine > 1e-12 else 1.0)]) / seconds
 
 
 class WorldFrame:

@@ -17,6 +17,7 @@ from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame, Tracking
 
 LONGEST = 1_000_000  # poses kept for ~/save_trajectory: nine hours at 30 Hz, in bounded memory
+CALENDAR_NS = 10**17  # stamps beyond three years count from 1970, not from the start of a recording or a simulation
 DISORDER_NS = 1_000_000_000  # frames up to this late are out of order; beyond it the clock went back (as in tf2)
 
 
@@ -24,14 +25,21 @@ class Step(Enum):
     """How a frame's stamp follows the last one's."""
 
     NEXT = "continues the stream"
-    REPEATED = "has been seen"
-    LATE = "was overtaken"
-    BACK = "time has jumped back"
+    UNSET = "is not set"
+    REPEATED = "repeats"
+    LATE = "is older than the one before"
+    BACK = "jumps back"
     GAP = "comes after a gap"
 
 
+SKIPPED = Step.UNSET, Step.REPEATED, Step.LATE
+
+
 def step_in_time(last_ns: int | None, stamp_ns: int, rules: InputConfig) -> Step:
-    """Compare a stamp with the newest one so far. One late frame must not cost the map, so a little disorder is no jump."""
+    """Compare a stamp with the newest one so far. One bad stamp must not cost the map: a little disorder is no jump, nor is
+    a stamp that the driver forgot to set."""
+    if stamp_ns == 0 and last_ns is not None and last_ns > CALENDAR_NS:
+        return Step.UNSET
     if last_ns is None or last_ns < stamp_ns <= last_ns + rules.max_gap * 1e9:
         return Step.NEXT
     if stamp_ns > last_ns:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from speed3r_ros.camera import Camera
 from speed3r_ros.convert import array_to_image, info_from_camera, ns_to_stamp, stamp_to_ns
 from speed3r_ros.mapping.files import written_whole
+from speed3r_ros.outputs import CAMERA_FRAME
 from speed3r_ros.sources import Source, open_source
 
 CLOCK_PERIOD = 0.01  # seconds between messages on /clock
@@ -152,7 +153,7 @@ def main() -> int:
         help="send an image only when the pose of the one before has come, or after so long; the node drops none",
     )
     parser.add_argument("--namespace", default="", help="of the topics image and camera_info")
-    parser.add_argument("--frame-id", default="camera_optical_frame", help="of the messages' headers")
+    parser.add_argument("--frame-id", default=CAMERA_FRAME, help="of the messages' headers")
     parser.add_argument("--wait", type=positive, default=60.0, metavar="SECONDS", help="for a subscriber")
     parser.add_argument("--log", type=Path, help="CSV of the times at which images were sent")
     options = parser.parse_args()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
@@ -40,7 +41,8 @@ class FollowingSubscription:
         if self._wanted is not None:
             self._subscribe(self._wanted)
         else:
-            self._timer = node.create_timer(PERIOD, self._look)
+            steady = Clock(clock_type=ClockType.STEADY_TIME)  # /clock may wait for somebody to subscribe to the images
+            self._timer = node.create_timer(PERIOD, self._look, clock=steady)
             self._look()
 
     def _look(self) -> None:
@@ -68,7 +70,7 @@ class FollowingSubscription:
 
     def _incompatible(self, _: Any) -> None:
         self._node.get_logger().warning(
-            f"{self._topic}: a publisher's QoS is incompatible with {self.reliability.name.lower()}; "
+            f"{self._node.resolve_topic_name(self._topic)}: a publisher's QoS is incompatible with {self.reliability.name.lower()}; "
             + ("set input.reliability to auto" if self._wanted is not None else "looking again"),
             throttle_duration_sec=5.0,
         )

@@ -27,7 +27,7 @@ from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry, Path
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy._rclpy_pybind11 import RCLError
-from rclpy.clock import JumpThreshold
+from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
@@ -46,8 +46,8 @@ from speed3r_ros.mapping.geometry import T_link_optical, inverse
 from speed3r_ros.mapping.point_map import write_ply
 from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.types import Estimate, Frame, Tracking
-from speed3r_ros.outputs import WorldFrame
-from speed3r_ros.pipeline import DISORDER_NS, Pipeline, Step, step_in_time
+from speed3r_ros.outputs import CAMERA_FRAME, WorldFrame, twist_between
+from speed3r_ros.pipeline import DISORDER_NS, SKIPPED, Pipeline, Step, step_in_time
 from speed3r_ros.qos import FollowingSubscription
 from speed3r_ros.worker import Mailbox, Worker
 
@@ -117,18 +117,6 @@ def calibration(info: CameraInfo) -> tuple:
     return *sizes, *region, info.distortion_model, info.k.tobytes(), info.d.tobytes()
 
 
-def twist_between(T_before: np.ndarray, T_now: np.ndarray, seconds: float) -> np.ndarray:
-    """Mean velocity (6,) in the moving frame over an interval: linear, then angular (axis-angle rate)."""
-    if seconds <= 0:
-        return np.zeros(6)
-    step = inverse(T_before) @ T_now
-    R = step[:3, :3]
-    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / 2
-    sine = np.linalg.norm(axis)
-    angle = np.arctan2(sine, (np.trace(R) - 1) / 2)
-    return np.concatenate([step[:3, 3], axis * (angle / sine if sine > 1e-12 else 1.0)]) / seconds
-
-
 class ReconNode(Node):
     """Topics, frames and services: see the README. Raises ValueError for parameters or weights that cannot work."""
 
@@ -138,13 +126,13 @@ class ReconNode(Node):
         self.config = self._declare()
         self.pipeline = Pipeline(self.config, engine)
         self.statistics = Statistics()
-        self.paused = False
         self._lock = threading.Lock()  # one frame or one reset at a time
         self._map_lock = threading.Lock()  # taken after `_lock`
         self._epoch = 0  # number of resets
         self._path_lock = threading.Lock()
         self._world: WorldFrame | None = None
         self._camera = (None, None)  # calibration and the camera that it means
+        self._calibrated = False  # whether the last image went with its camera
         self._info: CameraInfo | None = None
         self._last_stamp: int | None = None
         self._last_pose: tuple[int, np.ndarray] | None = None
@@ -226,7 +214,7 @@ class ReconNode(Node):
         self.create_timer(1 / self.config.tf.rate, self._send_map_to_odom)
         self.create_timer(1 / self.config.path.rate, self._send_path)
         self.create_timer(1 / self.config.map.rate, self._send_map)
-        self.create_timer(1.0, self._send_diagnostics)
+        self.create_timer(1.0, self._send_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
         backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=False)
         self._jump_handle = self.get_clock().create_jump_callback(backward, post_callback=self._on_clock_jump)
 
@@ -234,7 +222,7 @@ class ReconNode(Node):
 
     def _receive(self, message: Any) -> None:
         self.statistics.received()
-        if not self.paused:
+        if not self.statistics.paused:
             now_ns = self.get_clock().now().nanoseconds
             self._computer.mailbox.put(Received(message, self._info, time.monotonic(), now_ns))
             time.sleep(HAND_OVER)
@@ -272,11 +260,10 @@ class ReconNode(Node):
         return future
 
     def _on_pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        self.paused = request.data
-        if self.paused:
+        self.statistics.paused = request.data
+        if request.data:
             self._computer.mailbox.clear()
-            self.statistics.tracking = "paused"
-        response.success, response.message = True, "paused" if self.paused else "running"
+        response.success, response.message = True, "paused" if request.data else "running"
         return response
 
     async def _on_save_trajectory(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -310,10 +297,10 @@ class ReconNode(Node):
     def _compute(self, received: Received) -> None:
         message = received.message
         stamp_ns = stamp_to_ns(message.header.stamp)
-        frame_id = self.config.frames.camera or message.header.frame_id
         if not self._continues(stamp_ns):
             return
         frame = self._frame(message, received.info, stamp_ns)
+        frame_id = self._camera_frame(message)
         if not self._find_extrinsics(frame_id):
             self.statistics.tracking = "waiting for TF"
             return
@@ -354,13 +341,11 @@ class ReconNode(Node):
         """Whether a frame with this stamp is to be used; a jump in time starts a new segment, or all anew."""
         last_ns = self._last_stamp
         step = step_in_time(last_ns, stamp_ns, self.config.input)
-        if step is Step.REPEATED or step is Step.LATE:
+        if step in SKIPPED:
             self.statistics.count("bad")
             late = f"is {(last_ns - stamp_ns) / 1e9:.3f} s older than the one before"
-            self._tell(
-                f"image stamp {stamp_ns} ns {'repeats' if step is Step.REPEATED else late}: "
-                "the frame is skipped; check the camera driver's clock"
-            )
+            why = late if step is Step.LATE else step.value
+            self._tell(f"image stamp {stamp_ns} ns {why}: the frame is skipped; check the camera driver's clock")
             return False
         if step is Step.BACK:
             self._reset(f"image stamps jumped back by {(last_ns - stamp_ns) / 1e9:.3f} s")
@@ -383,7 +368,17 @@ class ReconNode(Node):
                 image, K = self._camera[1].rectify(image)
         except ValueError as error:
             self._tell(f"{error}; until then intrinsics count as unknown")
+        self._calibrated = K is not None
         return Frame(image, stamp_ns, K)
+
+    def _camera_frame(self, message: Any) -> str:
+        """Name of the camera's optical frame: one that TF takes, without a slash in front."""
+        frame_id = (self.config.frames.camera or message.header.frame_id).lstrip("/")
+        if not frame_id:
+            self._tell(
+                f"images carry no frame_id: {CAMERA_FRAME!r} stands for it; set it in the camera driver or frames.camera"
+            )
+        return frame_id or CAMERA_FRAME
 
     def _find_extrinsics(self, frame_id: str) -> bool:
         if self._world is not None:
@@ -397,7 +392,8 @@ class ReconNode(Node):
             T = T_link_optical
             self.get_logger().warning(
                 f"TF does not connect {base!r} to {frame_id!r}: a level, forward-looking camera at the base's origin is "
-                "assumed; publish the transform or set frames.base_to_camera"
+                "assumed; publish the transform, or set frames.base_to_camera and, so that others can place its depth and "
+                "points, tf.publish_base_to_camera"
             )
         self.extrinsics.finish()
         self._world = WorldFrame(T)
@@ -532,21 +528,28 @@ class ReconNode(Node):
             self._slow_publisher.mailbox.put(self._publish_map)
 
     def _send_diagnostics(self) -> None:
+        now_ns = self.get_clock().now().nanoseconds
+        if now_ns == 0 and self.statistics.counts["received"]:
+            self._tell(
+                "use_sim_time is true and /clock is silent: map -> odom, path and map wait for it; publish /clock (ros2 bag "
+                "play --clock) or set use_sim_time to false"
+            )
         if not self.diagnostics_pub.get_subscription_count():
             return
         factor = self.config.scale.factor
         facts = {
             "scale": "unknown (monocular)" if factor == 1 else f"fixed factor {factor:g}",
             "map_points": len(self.pipeline.point_map),
-            "intrinsics": "known" if self._camera[1] is not None else "unknown",
+            "intrinsics": "known" if self._calibrated else "unknown",
             "model": self.config.engine.model,
             "device": str(self.pipeline.engine.device),
         }
-        stamp = ns_to_stamp(self.get_clock().now().nanoseconds)
+        stamp = ns_to_stamp(now_ns)
+        name = self.get_fully_qualified_name().lstrip("/")  # nodes of several robots share /diagnostics
         dropped = (
             self._computer.mailbox.dropped + self._publisher.mailbox.dropped + self.statistics.counts["unfollowed"]
         )
-        self.diagnostics_pub.publish(diagnostics_message(stamp, self.get_name(), self.statistics, dropped, facts))
+        self.diagnostics_pub.publish(diagnostics_message(stamp, name, self.statistics, dropped, facts))
 
     def stop(self) -> None:
         """End the threads; call before destroy_node."""

@@ -220,13 +220,14 @@ class Run:
 
     def _continues(self, stamp_ns: int) -> bool:
         """Whether a frame with this stamp is to be used; a jump in time starts the pipeline anew, as in the node."""
-        from speed3r_ros.pipeline import Step, step_in_time
+        from speed3r_ros.pipeline import SKIPPED, Step, step_in_time
 
         last = self._last_stamp
         step = step_in_time(last, stamp_ns, self._pipeline.config.input)
-        if step is Step.REPEATED or step is Step.LATE:
-            self._lost["the stamp repeats" if step is Step.REPEATED else "the stamp is older than the last"] += 1
+        if step in SKIPPED:
+            self._lost[f"the stamp {step.value}"] += 1
             return False
+        self._last_stamp = stamp_ns
         if step is Step.BACK:
             self._tell(f"stamps jump back by {(last - stamp_ns) / 1e9:.3f} s: reconstruction starts anew")
             self._pipeline.reset()
@@ -234,7 +235,6 @@ class Run:
         elif step is Step.GAP:
             self._tell(f"no image for {(stamp_ns - last) / 1e9:.1f} s: a new segment starts at the last pose")
             self._pipeline.restart()
-        self._last_stamp = stamp_ns
         return True
 
     def _tell(self, text: str) -> None:
@@ -266,7 +266,7 @@ def reconstruct(
         for stamp_ns, image, camera in tqdm(frames, desc="reconstructing", total=count, unit="frame"):
             estimate = run.add(stamp_ns, image, camera)
             if writer and estimate:
-                writer.write(estimate)
+                writer.write(estimate, begins=len(run.results.trajectory) == 1)
     results = run.finish()
     results.trajectory.write_tum(folder / "trajectory.tum")
     pipeline.point_map.write_ply(folder / "map.ply")

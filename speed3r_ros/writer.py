@@ -16,9 +16,7 @@ from speed3r_ros.config import Config
 from speed3r_ros.convert import bag_types
 from speed3r_ros.mapping.geometry import T_link_optical
 from speed3r_ros.model.types import Estimate
-from speed3r_ros.outputs import WorldFrame, parse_pose
-
-CAMERA_FRAME = "camera_optical_frame"  # recorded inputs carry no frame_id
+from speed3r_ros.outputs import CAMERA_FRAME, WorldFrame, parse_pose, twist_between
 
 
 class OutputBag:
@@ -35,6 +33,7 @@ class OutputBag:
         level = T_link_optical if base and base != self._camera else np.eye(4)
         self._world = WorldFrame(parse_pose(given) if given else level)
         self._path: deque[Any] = deque(maxlen=config.path.max_length)
+        self._last: tuple[int, np.ndarray] | None = None  # stamp and T_odom_base of the last frame
         self._static_sent = False
 
     def __enter__(self) -> OutputBag:
@@ -61,11 +60,16 @@ class OutputBag:
             topic, "tf2_msgs/msg/TFMessage", bag_types.make("tf2_msgs/msg/TFMessage", transforms=items), stamp_ns
         )
 
-    def write(self, estimate: Estimate) -> None:
-        """Append the messages of one tracked frame."""
+    def write(self, estimate: Estimate, begins: bool = False) -> None:
+        """Append the messages of one tracked frame, which `begins` a new world after a reset."""
+        if begins:
+            self._path.clear()
+            self._last = None
         config, stamp, sigma = self._config, estimate.stamp_ns, estimate.pose_sigma
         frames, base = config.frames, config.frames.base or self._camera
         T = self._world.base(estimate.T_world_cam)
+        before, T_before = self._last or (stamp, T)
+        twist, self._last = twist_between(T_before, T, (stamp - before) / 1e9), (stamp, T)
         pose = convert.pose_from_matrix(T, bag_types)
         self._path.append(convert.stamped_pose_message(pose, stamp, frames.map, types=bag_types))
         if not self._static_sent and base != self._camera:
@@ -74,7 +78,7 @@ class OutputBag:
         self._transforms("/tf", stamp, (np.eye(4), frames.map, frames.odom), (T, frames.odom, base))
         uncertain = convert.pose_message(pose, sigma, stamp, frames.map, types=bag_types)
         self._send("/pose", "geometry_msgs/msg/PoseWithCovarianceStamped", uncertain, stamp)
-        odometry = convert.odometry_message(pose, sigma, np.zeros(6), stamp, frames.odom, base, types=bag_types)
+        odometry = convert.odometry_message(pose, sigma, twist, stamp, frames.odom, base, types=bag_types)
         self._send("/odometry", "nav_msgs/msg/Odometry", odometry, stamp)
         height, width = estimate.depth.shape
         info = convert.info_from_K(estimate.K, width, height, stamp, self._camera, types=bag_types)

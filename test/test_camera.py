@@ -1,5 +1,7 @@
 """Rectification against OpenCV's projection model and closed forms."""
 
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -45,10 +47,32 @@ def test_without_distortion_nothing_changes():
     np.testing.assert_array_equal(K_new, K)
 
 
+@pytest.mark.parametrize("model", ["plumb_bob", "rational_polynomial", "equidistant", "fisheye", "none"])
+@pytest.mark.parametrize("count", range(16))
+def test_every_number_of_coefficients_rectifies_or_is_refused(model, count):
+    """No camera_info ends in an error of OpenCV, which says neither the value nor the remedy."""
+    rng = np.random.default_rng()
+    image = rng.integers(0, 255, (150, 200, 3), dtype=np.uint8)
+    assert Camera(K, np.zeros(count), model, 200, 150).rectify(image)[0] is image
+    if not count:
+        return
+    D = rng.uniform(-0.01, 0.01, count)
+    fisheye = model in ("equidistant", "fisheye")
+    if fisheye and count > 4:
+        assert Camera(K, np.append(D[:4], np.zeros(count - 4)), model, 200, 150).rectify(image)[0].shape == image.shape
+    if count in ({4} if fisheye else {4, 5, 8, 12, 14} if model != "none" else ()):
+        assert Camera(K, D, model, 200, 150).rectify(image)[0].shape == image.shape
+    else:
+        with pytest.raises(ValueError, match=re.escape(str(D[0])) if model != "none" else "'none'"):
+            Camera(K, D, model, 200, 150)
+
+
 @pytest.mark.parametrize(
     "change, says",
     [(dict(K=np.diag([0.0, 1, 1])), "focal lengths"), (dict(K=np.full((3, 3), np.inf)), "finite"), (dict(D=np.array([np.nan])), "D = "),
-     (dict(model="magic"), "'magic'"), (dict(width=0), "0 x 150")],
+     (dict(model="magic", D=K[0]), "'magic'"), (dict(width=0), "0 x 150"), (dict(K=np.diag([9.0, 9, 0])), "the last value 1"),
+     *[(dict(D=np.full(n, 0.01), model=m), f"{m} takes .* coefficients, not {n};") for m, n in
+       (("plumb_bob", 3), ("rational_polynomial", 6), ("plumb_bob", 1), ("equidistant", 2), ("fisheye", 14))]],
 )  # fmt: skip
 def test_impossible_cameras_are_refused_in_one_line(change, says):
     with pytest.raises(ValueError, match=says) as error:

@@ -26,7 +26,7 @@ def test_every_setting_is_documented():
 def test_values_replace_and_are_checked(tmp_path):
     config = with_values(Config(), {"engine.window": 9, "scale.factor": 2})
     assert config.engine.window == 9 and config.scale.factor == 2.0 and Config().engine.window != 9
-    for values, says in [({"engine.windw": 1}, "did you mean 'engine.window'"), ({"engine.window": 0}, "must be in"),
+    for values, says in [({"engine.windw": 1}, "did you mean 'engine.window'"), ({"engine.window": 0}, "must be in"), ({"depth.max": 0.0}, "depth.max = 0.0: must be >= 0.01"),
                          ({"tf.publish": "yes"}, "expected bool"), ({"input.reliability": "maybe"}, "choose one of")]:  # fmt: skip
         with pytest.raises(ValueError, match=says):
             with_values(Config(), values)

@@ -158,10 +158,34 @@ def test_live_camera(launched):
     node = notes["recon_node"]
     assert names(node)["image"] == "/cam/image" and names(node)["image/compressed"] == "/cam/image/compressed"
     assert names(node)["camera_info"] == "/cam/info" and names(node)["/tf"] == "tf"
-    assert values(node)["use_sim_time"] is False and values(node)["input.image_transport"] == "compressed"
+    assert values(node)["input.image_transport"] == "compressed" and "use_sim_time" not in values(node)
     assert "frames.base" not in values(node), "an argument that was not given must not hide params_file"
     assert node["argv"][node["argv"].index("--log-level") + 1] == "warn"
     assert {Path(path).resolve() for path in node["profiles"]} == {ROOT / "config" / "fastdds.xml"}
+
+
+@pytest.mark.parametrize("given, expected", [("", True), ("false", False), ("true", True)])
+def test_params_file_sets_the_clock_unless_the_argument_does(launched, tmp_path, given, expected):
+    (tmp_path / "mine.yaml").write_text("/**: {ros__parameters: {use_sim_time: true, frames: {map: world}}}")
+    done, notes = launched(f"params_file:={tmp_path}/mine.yaml", f"use_sim_time:={given}", "rviz:=true")
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = values(notes["recon_node"])
+    assert found["use_sim_time"] is expected and found["frames"] == {"map": "world"}
+    assert values(notes["rviz2"]) == ({"use_sim_time": expected} if given else {})
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        ("/cam/left/image_raw", "/cam/left/camera_info"),
+        ("/image", "/camera_info"),
+        ("front/image", "front/camera_info"),
+    ],
+)
+def test_intrinsics_are_beside_the_image(launched, image, expected):
+    done, notes = launched(f"image:={image}")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert names(notes["recon_node"])["camera_info"] == expected
 
 
 def test_bag_runs_on_its_clock(launched):

@@ -44,14 +44,19 @@ class Rig:
     """Publishes images to a node in another process and collects all that it says."""
 
     def __init__(
-        self, tmp_path: Path, *parameters: str, engine: str = "ScriptedEngine", best_effort: bool = False
+        self,
+        tmp_path: Path,
+        *parameters: str,
+        engine: str = "ScriptedEngine",
+        best_effort: bool = False,
+        namespace: str = "",
     ) -> None:
         self.log_path = tmp_path / "node.log"
         self.log = open(self.log_path, "w")
         module = [str(ROOT / "test" / "doubles.py"), engine] if engine else ["-m", "speed3r_ros.recon_node"]
         if engine == "ScriptedEngine":  # its motion is not that of its images
             parameters = (*parameters, "odometry.features:=0")
-        arguments = ["--ros-args"] + [x for p in parameters for x in ("-p", p)]
+        arguments = ["--ros-args", "-r", f"__ns:=/{namespace}"] + [x for p in parameters for x in ("-p", p)]
         self.process = subprocess.Popen(
             [sys.executable, *module, *arguments],
             stdout=self.log,
@@ -60,7 +65,7 @@ class Rig:
             env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)},
         )
         rclpy.init()
-        self.node = rclpy.create_node("camera_and_witness")
+        self.node = rclpy.create_node("camera_and_witness", namespace=namespace)
         self.heard = defaultdict(list)
         for topic, kind, latched in (
             ("pose", PoseWithCovarianceStamped, False), ("odometry", Odometry, False), ("path", PathMessage, False),
@@ -392,6 +397,8 @@ def test_bad_input_is_said_once_and_survived(rig):
         r.info(k, shape)
         r.answered(next(tick))
         np.testing.assert_allclose(r.last("depth/camera_info").k, K_UNKNOWN.ravel())
+        r.heard["/diagnostics"].clear()
+        r.wait(lambda: r.facts().get("intrinsics") == "unknown", 5, "diagnostics say that they are unknown")
     r.info()
     r.answered(next(tick))
     assert abs(r.last("depth/camera_info").k[0] - K[0] * SIZE[1] / SHAPE[1]) < 1e-9
@@ -400,7 +407,9 @@ def test_bad_input_is_said_once_and_survived(rig):
     r.answered(repeated)
     r.unanswered(r.image(repeated))
     r.unanswered(r.image(repeated - 40_000_000))  # overtaken on its way: skipped, and nothing is lost
+    r.unanswered(r.image(0))  # a stamp that the driver did not set: likewise
     before = r.last("pose").pose.pose.position.x
+    assert before > 1
     r.answered(repeated + 5 * 3600 * 10**9)  # hours ahead: goes on from the last pose
     assert abs(r.last("pose").pose.pose.position.x - before) < 1e-9
     r.answered(now)  # back, as when a bag loops: starts anew
@@ -410,7 +419,7 @@ def test_bad_input_is_said_once_and_survived(rig):
 
     text = r.text()
     for words in [says for _, says in BAD_IMAGES.values()] + [
-        "black frame", "saturated frame", "without contrast", "K = .nan", "camera_info is for 640 x 480", "repeats", "0.040 s older",
+        "black frame", "saturated frame", "without contrast", "K = .nan", "camera_info is for 640 x 480", "repeats", "0.040 s older", "stamp 0 ns is not set",
         "no image for 18000.0 s", "image stamps jumped back",
     ]:  # fmt: skip
         lines = [line for line in text.splitlines() if words in line or re.search(words, line)]
@@ -482,6 +491,100 @@ def test_best_effort_camera_that_is_the_base(rig):
     assert r.close() == 0
 
 
+def test_before_and_after_the_clock(rig):
+    """use_sim_time: images are answered before /clock speaks, its silence is said, and then it dates map -> odom."""
+    from rosgraph_msgs.msg import Clock
+
+    r = rig(f"frames.base_to_camera:='{STEREO}'", "use_sim_time:=true", "tf.lead:=0.0")
+    start = 10**18 + int(r.rng.integers(10**9))
+    r.answered(start)
+    r.wait(lambda: "/clock is silent" in r.text() and r.heard["/diagnostics"], 10, "diagnostics without a clock")
+    assert stamp(r.last("/diagnostics")) == 0
+    clock = r.node.create_publisher(Clock, "/clock", 10)
+
+    def tick(now_ns: int) -> None:
+        message = Clock()
+        message.clock.sec, message.clock.nanosec = divmod(now_ns, 10**9)
+        clock.publish(message)
+        r.spin(0.02)
+
+    r.wait(clock.get_subscription_count, 10, "the node hears the clock")
+    for i in range(50, 100):
+        tick(start + i * 10**7)
+    r.answered(start + 10**9)
+    for i in range(100, 130):
+        tick(start + i * 10**7)
+    dated = [stamp(t) for m in r.heard["/tf"] for t in m.transforms if t.child_frame_id == "odom"]
+    assert dated and all(start < s < start + 2 * 10**9 for s in dated)
+    tick(start - 10**9)  # the simulation starts anew
+    r.wait(lambda: "the clock jumped back by" in r.text(), 5, "a reset")
+    r.answered(start - 10**9)
+    np.testing.assert_allclose(
+        matrix(r.last("pose").pose.pose.position, r.last("pose").pose.pose.orientation), np.eye(4), atol=1e-9
+    )
+    assert r.text().count("/clock is silent") == 1
+    assert r.close() == 0
+
+
+def test_images_of_a_camera_that_comes_later_need_no_clock():
+    """The node subscribes while /clock is silent: players wait for that before they start the clock."""
+    from speed3r_ros.qos import FollowingSubscription
+
+    rclpy.init()
+    try:
+        simulated = [rclpy.parameter.Parameter("use_sim_time", value=True)]
+        node = rclpy.create_node("waits", parameter_overrides=simulated)
+        FollowingSubscription(node, Image, "late_image", lambda message: None)
+        camera = rclpy.create_node("late_camera")
+        publisher = camera.create_publisher(Image, "late_image", 10)
+        limit = time.monotonic() + 15
+        while not publisher.get_subscription_count() and time.monotonic() < limit:
+            rclpy.spin_once(node, timeout_sec=0.05)
+        assert publisher.get_subscription_count() == 1
+        camera.destroy_node()
+        node.destroy_node()
+    finally:
+        rclpy.shutdown()
+
+
+def test_namespace_and_images_without_a_name(rig):
+    """Two robots share /diagnostics. TF takes no frame whose name is empty or begins with a slash."""
+    r = rig("frames.base:=''", namespace="robot1")
+    for i, (named, frame) in enumerate((("", "camera_optical_frame"), ("/left", "left"), (FRAME, FRAME))):
+        message = r.image(10**18 + i * 10**8)
+        message.header.frame_id = named
+        r.images.publish(message)
+        for topic in PER_FRAME:
+            r.wait(lambda t=topic: stamp(r.last(t)) == stamp(message), 10, topic)  # noqa: B023 (called at once)
+        assert {r.last(t).header.frame_id for t in ("points", "depth/image", "depth/camera_info", "confidence")} == {
+            frame
+        }
+        assert r.last("odometry").child_frame_id == frame
+    r.wait(lambda: r.heard["/diagnostics"], 5, "diagnostics")
+    assert [s.name for s in r.last("/diagnostics").status] == ["robot1/speed3r: tracking", "robot1/speed3r: throughput"]
+    assert {t.child_frame_id for m in r.heard["/tf"] for t in m.transforms} <= {
+        "camera_optical_frame",
+        "left",
+        FRAME,
+        "odom",
+    }
+    assert r.text().count("no frame_id") == 1
+    assert r.close() == 0
+
+
+def test_a_pause_is_said_in_the_middle_of_a_frame(rig):
+    r = rig("frames.base_to_camera:='0 0 0 0 0 0 1'", engine="SlowEngine")
+    for i in range(4):
+        r.images.publish(r.image(10**18 + i * 10**8))
+        r.spin(0.05)
+    assert r.call(SetBool, "speed3r/pause", data=True).success
+    r.spin(1.0)  # whatever was underway has come
+    r.heard["/diagnostics"].clear()
+    r.wait(lambda: r.heard["/diagnostics"], 5, "diagnostics")
+    assert [s.message for s in r.last("/diagnostics").status] == ["paused", "paused"]
+    assert r.close() == 0
+
+
 def test_odometry_of_another_node(rig):
     """REP-105: map -> odom makes up for what odom -> base lacks. The images' clock is not that of the node, as in replay."""
     r = rig(f"frames.base_to_camera:='{STEREO}'", "tf.publish_odom_to_base:=false", "tf.lead:=0.1")
@@ -541,6 +644,8 @@ def test_extrinsics_from_tf(rig):
         ("engine.window:=0", "engine.window = 0: must be in"),
         ("engine.attention:=flash", "choose one of auto, speed3r, dense"),
         ("engine.windw:=3", "did you mean 'engine.window'"),
+        ("frames.odom:=''", "frames.odom = '': must have a name"),
+        ("frames.base:=/base_link", "frames.base = '/base_link': TF takes no slash in front; use 'base_link'"),
         ("frames.base_to_camera:='1 2 3'", "expected `x y z qx qy qz qw`"),
         ("engine.weights:=nowhere", "no weights 'nowhere'"),
         ("engine.model:=pi3", "run `speed3r weights fetch pi3`"),

@@ -116,6 +116,10 @@ def test_messages_carry_the_same_poses(folders, results, topic):
             a, b = (vars(getattr(message.pose.pose, part)) for message in (one, other))
             np.testing.assert_allclose(*([values[k] for k in "xyzw" if k in values] for values in (a, b)), atol=1e-5)
         np.testing.assert_allclose(one.pose.covariance, other.pose.covariance, rtol=1e-4)
+        if topic == "/odometry":
+            for part in ("linear", "angular"):
+                a, b = (vars(getattr(message.twist.twist, part)) for message in (one, other))
+                np.testing.assert_allclose(*([values[k] for k in "xyz"] for values in (a, b)), atol=1e-3)
 
 
 @pytest.mark.parametrize("topic", ["/depth/image", "/confidence"])

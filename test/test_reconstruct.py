@@ -19,7 +19,7 @@ from terminal import messages
 
 from speed3r_ros import reconstruct
 from speed3r_ros.camera import Camera
-from speed3r_ros.config import Config, load_yaml
+from speed3r_ros.config import Config, load_yaml, with_values
 from speed3r_ros.convert import stamp_to_ns
 from speed3r_ros.mapping.odometry import Odometry
 from speed3r_ros.mapping.trajectory import read_tum
@@ -312,14 +312,39 @@ def test_a_repeated_stamp_is_skipped(scripted):
     assert len(engine.frames) == 3 and results.lost == {"the stamp repeats": 1}
 
 
-def test_a_late_frame_is_skipped_as_in_the_node(scripted):
+def test_late_and_unset_stamps_cost_their_frames_alone(scripted):
     engine, run = scripted
+    results = feed(run, [1e9, 1e9 + 1, 1e9 + 2, 1e9 + 1.5, 0, 1e9 + 3])
+    assert results.trajectory.stamps_ns.tolist() == [10**18 + i * 10**9 for i in range(4)] and engine.resets == 1
+    assert results.lost == {"the stamp is older than the one before": 1, "the stamp is not set": 1}
+
+
+def test_a_recording_may_start_at_zero(scripted):
+    engine, run = scripted
+    results = feed(run, [0, 1, 2, 3, 0, 1])
+    assert results.trajectory.stamps_ns.tolist() == [0, 10**9] and engine.resets == 2
+
+
+def test_the_bag_begins_anew_where_the_reconstruction_does(tmp_path):
+    """After a jump back, /path and the twist know the new world alone; the twist is the mean velocity of the body."""
+
+    class Played(list):
+        name, truth = "played", None
+
     rng = np.random.default_rng()
-    late = 101 - rng.uniform(0.001, 0.999)
-    results = feed(run, [99, 100, 101, late, 101.5, 102])
-    assert engine.resets == 1 and len(engine.frames) == 5
-    assert results.lost == {"the stamp is older than the last": 1}
-    assert results.trajectory.stamps_ns.tolist() == [99 * 10**9, 100 * 10**9, 101 * 10**9, 1015 * 10**8, 102 * 10**9]
+    seconds = [100.0, 100.5, 102.5, 7.0, 7.25, 7.5 + rng.uniform(0.1, 0.5)]
+    frames = [(round(s * 1e9), np.zeros((48, 64, 3), np.uint8), None) for s in seconds]
+    config = with_values(Config(), {"odometry.features": 0})
+    reconstruct.reconstruct(Played(frames), Pipeline(config, Scripted()), tmp_path)
+    with AnyReader([tmp_path / "bag"]) as reader:
+        read = [(c.topic, reader.deserialize(raw, c.msgtype)) for c, _, raw in reader.messages()]
+    (path,) = (message for topic, message in read if topic == "/path")
+    assert [stamp_to_ns(pose.header.stamp) for pose in path.poses] == [stamp for stamp, _, _ in frames[3:]]
+    speeds = {stamp_to_ns(m.header.stamp): m.twist.twist.linear for topic, m in read if topic == "/odometry"}
+    steps = [0, 0.5, 2.0, 0, 0.25, seconds[5] - seconds[4]]  # one unit forward in each
+    expected = [1 / step if step else 0.0 for step in steps]
+    np.testing.assert_allclose([speeds[stamp].x for stamp, _, _ in frames], expected, rtol=1e-6)
+    np.testing.assert_allclose([(s.y, s.z) for s in speeds.values()], 0, atol=1e-9)
 
 
 def test_a_backward_jump_starts_anew(scripted, capsys):
