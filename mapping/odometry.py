@@ -367,8 +367,19 @@ class Odometry:
     def _jumps(self, view: View) -> bool:
         return view.depth is not None and abs(math.log(self._measured_scale(view) / view.scale)) > JUMP
 
+    def _tied(self) -> np.ndarray:
+        """Indices (M,), ascending, of the keyframes that LEAST landmarks each tie to the newest, directly or through others."""
+        ids = np.unique(np.concatenate([k.ids for k in self._keyframes]))
+        sees = np.stack([np.isin(ids, k.ids, assume_unique=True) for k in self._keyframes]).astype(int)
+        shares = sees @ sees.T >= LEAST
+        tied = np.arange(len(sees)) == len(sees) - 1
+        for _ in sees:
+            tied |= shares[tied].any(0)
+        return np.flatnonzero(tied)
+
     def _adjust(self, calibrated: bool) -> None:
-        keyframes = self._keyframes
+        tied = self._tied()
+        keyframes = [self._keyframes[i] for i in tied]
         ids, counts = np.unique(np.concatenate([k.ids for k in keyframes]), return_counts=True)
         ids = ids[counts > 1]
         if len(ids) < LEAST:
@@ -380,7 +391,8 @@ class Odometry:
             np.concatenate([k.pixels[m] for k, m in zip(keyframes, which)]).astype(np.float64),
             np.concatenate([k.scale * k.network_depth(k.pixels[m])[0] for k, m in zip(keyframes, which)]),
         )
-        fixed = 1 if self._keyframe_count <= self.window else FIXED  # at first, all but the origin is a guess
+        # at first, and after a gap that no landmarks bridge, all but the pose of the first is a guess
+        fixed = 1 if self._keyframe_count <= self.window else max(1, int((tied < FIXED).sum()))
         R = np.stack([k.T_world_cam[:3, :3] for k in keyframes])
         calibrated = calibrated or rotation_angle(R[0].T @ R).max() < FOCAL_TURN
         K, information = keyframes[-1].K, np.inf if calibrated else self._focal_information
@@ -395,7 +407,7 @@ class Odometry:
             gained = FOCAL_SHARE * focal_information(scene, seen, fixed, SIGMA_DEPTH)
             self._focal_information = min(self._focal_information + gained, FOCAL_FLOOR**-2)
             self._K = scene.K
-            for keyframe in keyframes:
+            for keyframe in self._keyframes:
                 keyframe.K = scene.K
 
 

@@ -304,6 +304,42 @@ def test_survives_a_cut_and_a_change_of_size(sequence):
         last = got
 
 
+def test_after_a_gap_that_no_landmarks_bridge_the_depth_gives_the_unit():
+    """Of the window's eight keyframes the last three share landmarks among themselves alone. All fits the pixels, but the last
+    ones' points and steps are too large or too small for their depth: images leave that open, and with it their place."""
+    rng = np.random.default_rng()
+    K, size = np.array([[300.0, 0, 159.5], [0, 300, 119.5], [0, 0, 1]]), (240, 320)
+    T_true = np.tile(np.eye(4), (8, 1, 1))
+    for i, T in enumerate(T_true):
+        T[:3, :3] = cv2.Rodrigues(rng.normal(0, 0.03, 3))[0]
+        T[:3, 3] = [0.1 * i, *rng.normal(0, 0.02, 2)]
+    points = rng.uniform([-0.5, -0.7, 3], [1.2, 0.7, 5], (160, 3))
+    odometry = Odometry()
+    for i, T in enumerate(T_true):
+        ids = np.arange(80) + 80 * (i >= 5)
+        camera = (points[ids] - T[:3, 3]) @ T[:3, :3]
+        pixels = camera[:, :2] / camera[:, 2:] * 300 + K[:2, 2]
+        depth = np.full(size, np.nan, np.float32)
+        x, y = pixels.round().astype(int).T
+        seen = (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
+        depth[y[seen], x[seen]] = camera[seen, 2]
+        view = View(i, np.zeros(size, np.uint8), True, K, T.copy(), 1.0, T, depth, np.ones(size))
+        view.observe(ids[seen], (pixels[seen] + rng.normal(0, 0.02, (seen.sum(), 2))).astype(np.float32))
+        odometry._keyframes.append(view)
+    factor, origin = np.exp(rng.choice([-1, 1]) * rng.uniform(0.3, 0.6)), T_true[5, :3, 3]
+    wrong = points.copy()
+    wrong[80:] = origin + factor * (points[80:] - origin)
+    for view in odometry._keyframes[6:]:
+        view.T_world_cam[:3, 3] = origin + factor * (view.T_world_cam[:3, 3] - origin)
+    odometry._ids, odometry._points, odometry._keyframe_count = np.arange(160), wrong, 20
+    odometry._adjust(calibrated=True)
+    got = np.stack([k.T_world_cam for k in odometry._keyframes])
+    assert np.allclose(got[:6], T_true[:6], atol=1e-9)  # those before the gap, and the first one after it
+    off = (got[6:, :3, 3] - T_true[6:, :3, 3]) / np.linalg.norm(T_true[7, :3, 3] - origin)
+    assert np.abs(off).max() < 0.1
+    assert abs(np.median(np.log((odometry._points[80:, 2] - origin[2]) / (points[80:, 2] - origin[2])))) < 0.03
+
+
 @pytest.mark.parametrize("value", [np.inf, np.nan, 0.0])
 def test_depth_that_is_no_number_leaves_the_scale_alone(sequence, value):
     estimates = network(sequence, np.random.default_rng())
