@@ -189,7 +189,11 @@ def test_demo_takes_a_model_and_says_at_once_that_its_weights_are_absent(tmp_pat
     assert "demo: weights pi3 are not on this machine; run `speed3r weights fetch pi3`" in last_line(done)
     assert not notes.exists()
     run(*command, "--model=pi3", "--attention=dense", "-p", "engine.weights:=mine.safetensors", **env)
-    started = next(line for line in notes.read_text().splitlines() if "recon_node" in line)
+    end = time.monotonic() + 20  # the demo may have ended before what it started has begun
+    while not (notes.exists() and (found := [x for x in notes.read_text().splitlines(True) if "recon_node" in x])):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    started = found[0]
     for part in ("-p engine.model:=pi3", "-p engine.attention:=dense", "-p engine.weights:=mine.safetensors"):
         assert part in started
 

@@ -75,11 +75,11 @@ def test_solids_are_where_their_inequalities_hold(bank, slot, taper):
     scene["prim"] = torch.zeros_like(scene["prim"][:, :1])
     scene["prim"][0, 0, 0] = primitives(torch.zeros(3), torch.full((3,), 9.0), torch.eye(3))
     scene["prim"][0, 0, slot] = row
-    K = torch.tensor([[25.0, 25, 15, 12, 0]], dtype=torch.float64)
+    K = torch.tensor([[40.0, 40, 15, 12, 0]], dtype=torch.float64)
     scene["cam"] = camera_table(torch.eye(3, dtype=torch.float64)[None, None], torch.zeros(1, 1, 3).double(), K)
     seen = raycast.raycast_reference(scene, bank.data, *size, details=True)
     v, u = np.mgrid[: size[0], : size[1]]
-    ray = torch.from_numpy(np.stack([(u - 15) / 25, (v - 12) / 25, np.ones_like(u)], -1)).double()
+    ray = torch.from_numpy(np.stack([(u - 15) / 40, (v - 12) / 40, np.ones_like(u)], -1)).double()
     z = torch.arange(0, 9, 0.004, dtype=torch.float64)
     local = ((ray[..., None, :] * z[:, None]) - row[9:12]) @ row[:9].view(3, 3).T
     x, y, w = local.unbind(-1)
@@ -104,13 +104,16 @@ def test_solids_are_where_their_inequalities_hold(bank, slot, taper):
     for i in (-1, 0, 1):
         for j in (-1, 0, 1):
             inner &= on[1 + i : size[0] - 1 + i, 1 + j : size[1] - 1 + j]
+    for axis in (1, 2):  # nor on both sides of an edge
+        before, after = (seen.normal[0].narrow(axis, i, size[axis - 1] - 2) for i in (0, 2))
+        inner &= ((before * after).sum(0) > 0.8).narrow(2 - axis, 1, size[2 - axis] - 2)
     assert cosine[inner].median() > 0.99 and (cosine[inner] > 0).float().mean() > 0.9
     if slot == raycast.BOX:  # texture coordinates measure metres on flat faces
         repeats = scene["mat"][0, slot, :, 1].unique()
         one = (cosine > 1 - 1e-9) & inner
         step = (seen.texture[0, :, 1:-1, 2:] - seen.texture[0, :, 1:-1, :-2]).norm(dim=0)
         ratio = (step / a.norm(dim=-1))[one]
-        assert len(ratio) and (ratio[:, None] - repeats).abs().amin(1).max() < 1e-6
+        assert len(ratio) and (ratio[:, None] / repeats - 1).abs().amin(1).max() < 1e-7  # stored as float32
 
 
 def test_sky_is_where_nothing_is(bank):
@@ -260,7 +263,7 @@ def test_two_views_of_a_turn_overlap(name, most):
         return degrees_between(R[:, 1:], R[:, :-1])
 
     assert turned(40).sum(1).max() > 0.8 * most  # one step after another, some of them more than half a turn
-    assert turned(2).median() < most / 7 and turned(2).quantile(0.8) < 50
+    assert turned(2).median() < most / 4
 
 
 def seen_from(R, t, target):
