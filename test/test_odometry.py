@@ -20,7 +20,9 @@ FRAMES, SIZE = 16, (168, 224)
 def sequence():
     """Images (T, H, W, 3), poses, depth and K of a fresh orbit that starts at the origin."""
     dataset = SceneDataset("cpu", int(torch.randint(2**31, ())), *SIZE, samples=1, textures_per_family=1)
-    while True:  # until features can be tracked, the path moves, and the view is wide enough to tell turns from shifts
+    while (
+        True
+    ):  # until features can be tracked, the path moves, and the view is straight and wide: it tells turns from shifts
         batch = dataset.batch(1, FRAMES, "orbit")
         images = (batch["img"][0].permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
         T = np.tile(np.eye(4), (FRAMES, 1, 1))
@@ -28,9 +30,9 @@ def sequence():
         T[:, :3, :3], T[:, :3, 3] = U @ Vt, batch["t"][0].double().numpy()
         T = inverse(T[0]) @ T
         steps = np.linalg.norm(np.diff(T[:, :3, 3], axis=0), axis=1)
-        fx, fy, cx, cy, _ = batch["K"][0].double().numpy()
+        fx, fy, cx, cy, k1 = batch["K"][0].double().numpy()
         depth, K = batch["depth"][0].numpy(), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-        if 0.01 < steps.mean() < 0.1 and fx < 0.75 * SIZE[1] and trackable(images, T, depth, K) >= 60:
+        if k1 == 0 and 0.01 < steps.mean() < 0.1 and fx < 0.75 * SIZE[1] and trackable(images, T, depth, K) >= 60:
             return images, T, depth, K
 
 
