@@ -20,9 +20,8 @@ FRAMES, SIZE = 16, (168, 224)
 def sequence():
     """Images (T, H, W, 3), poses, depth and K of a fresh orbit that starts at the origin."""
     dataset = SceneDataset("cpu", int(torch.randint(2**31, ())), *SIZE, samples=1, textures_per_family=1)
-    while (
-        True
-    ):  # until features can be tracked, the path moves, and the view is straight and wide: it tells turns from shifts
+    # until features can be tracked, the path moves, and the lens, without distortion, is wide: it tells turns from shifts
+    while True:
         batch = dataset.batch(1, FRAMES, "orbit")
         images = (batch["img"][0].permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
         T = np.tile(np.eye(4), (FRAMES, 1, 1))
