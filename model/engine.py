@@ -20,7 +20,6 @@ from torch import Tensor
 from speed3r_ros.model.config import EngineConfig, check
 from speed3r_ros.model.graph import GraphedStep
 from speed3r_ros.model.memory import Memory
-from speed3r_ros.model.network import Prediction
 from speed3r_ros.model.quantised import Int8Linear, require_fp8_units
 from speed3r_ros.model.streaming import StreamingNetwork, load_network
 from speed3r_ros.model.types import Estimate, Frame, Tracking, resize_intrinsics
@@ -109,6 +108,27 @@ def unusable(image: np.ndarray) -> str:
     return f"frame without contrast (standard deviation {spread:.1f} of 255): the camera sees a plain surface or is blocked"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of a frame, finite, in its segment's gauge and unit.
+
+    points: (3, h, w) float32 in the camera. T_gauge_cam: (4, 4) float64, camera to gauge. sigma: (2,) float64 of translation
+    and rotation. logit: (h, w) of confidence, on the device.
+    """
+
+    points: np.ndarray
+    T_gauge_cam: np.ndarray
+    sigma: np.ndarray
+    logit: Tensor
+
+
+def scaled(T: np.ndarray, scale: float) -> np.ndarray:
+    """A pose (4, 4) with its translation in another unit."""
+    out = T.copy()
+    out[:3, 3] *= scale
+    return out
+
+
 def mean_transform(transforms: np.ndarray) -> np.ndarray:
     """Chordal mean of rigid transforms (M, 4, 4)."""
     T = transforms.mean(0)
@@ -195,11 +215,12 @@ class Engine:
         pixels = torch.from_numpy(image).to(self.device).permute(2, 0, 1).float() / 255
         rays = None if K is None else torch.from_numpy(ray_map(K, height, width)).to(self.device)
         segment = self._segment
-        out, points = self._step(segment, pixels, rays)
+        out = self._step(segment, pixels, rays)
+        points = out.points
         if K is None:
             K = solve_intrinsics(points)
             K = self._K = K if self._K is None else 0.9 * self._K + 0.1 * K
-        T_gauge_cam = self._pose(out, segment.scale)
+        T_gauge_cam = scaled(out.T_gauge_cam, segment.scale)
         if self._tracked == 0:
             segment.T_world_gauge = np.linalg.inv(T_gauge_cam)
         T_world_cam = segment.T_world_gauge @ T_gauge_cam
@@ -213,8 +234,7 @@ class Engine:
             segment.keyframes += 1
             self._last_keyframe = view
             self._hand_over(view, pixels, rays)
-        sigma = np.exp(out.log_sigma[0, 0].double().cpu().numpy()) * [segment.scale, 1.0]
-        sigma = np.hypot(sigma, self._sigma_before) * (1 + self._lost)
+        sigma = np.hypot(out.sigma * [segment.scale, 1.0], self._sigma_before) * (1 + self._lost)
         self._tracked += 1
         self._lost = 0
         return Estimate(
@@ -222,7 +242,7 @@ class Engine:
             Tracking.TRACKING if self._tracked > 2 else Tracking.STARTING,
             T_world_cam=T_world_cam,
             depth=depth,
-            confidence=out.confidence[0, 0].sigmoid().cpu().numpy(),
+            confidence=out.logit.sigmoid().cpu().numpy(),
             K=K,
             image=image,
             is_keyframe=keyframe,
@@ -258,28 +278,21 @@ class Engine:
         return resized, K
 
     @torch.inference_mode()
-    def _step(self, segment: Segment, pixels: Tensor, rays: Tensor | None) -> tuple[Prediction, np.ndarray]:
-        """Advance a segment by one frame; its points (3, H, W) float32 in the camera, in the gauge's unit. Raises
-        FloatingPointError."""
+    def _step(self, segment: Segment, pixels: Tensor, rays: Tensor | None) -> Answer:
+        """Advance a segment by one frame. Raises FloatingPointError."""
         segment.memory.admit()
         if graph := self._graphs.get(id(segment.memory)):
             out = graph(pixels, rays)
         else:
             out = self.network.step(pixels, segment.memory, rays, self.config.strategy, self.config.top_k, None)
         points = out.points[0, 0].float().cpu().numpy()
-        pose = torch.cat([x.flatten().float() for x in (out.R, out.t, out.log_sigma)]).cpu().numpy()
+        pose = torch.cat([x.flatten().double() for x in (out.R, out.t, out.log_sigma)]).cpu().numpy()  # one copy
         if not (np.isfinite(points).all() and np.isfinite(pose).all()):
             raise FloatingPointError("the network's output is not finite: check camera_info and engine.precision")
-        return out, points
-
-    @staticmethod
-    def _pose(out: Prediction, scale: float) -> np.ndarray:
+        U, _, Vt = np.linalg.svd(pose[:9].reshape(3, 3))  # orthonormal in float64, so that long products stay rotations
         T = np.eye(4)
-        T[:3, :3] = out.R[0, 0].double().cpu().numpy()
-        T[:3, 3] = out.t[0, 0].double().cpu().numpy() * scale
-        U, _, Vt = np.linalg.svd(T[:3, :3])  # orthonormal in float64, so that long products stay rotations
-        T[:3, :3] = U @ Vt
-        return T
+        T[:3, :3], T[:3, 3] = U @ Vt, pose[9:12]
+        return Answer(points, T, np.exp(pose[12:]), out.confidence[0, 0])
 
     def _is_keyframe(self, view: View) -> bool:
         last = self._last_keyframe
@@ -294,25 +307,19 @@ class Engine:
         refresh = max(self.config.refresh, 2 * HANDOVER)
         if not self.config.refresh or self._segment.keyframes <= refresh - HANDOVER:
             return
-        out, points = self._step(self._next, pixels, rays)
+        out = self._step(self._next, pixels, rays)
         self._next.memory.keep()
         self._next.keyframes += 1
-        points = points[:, GRID // 2 :: GRID, GRID // 2 :: GRID].reshape(3, -1).T.astype(np.float64)
-        self._shared.append((view, self._pose(out, 1.0), points))
+        points = out.points[:, GRID // 2 :: GRID, GRID // 2 :: GRID].reshape(3, -1).T.astype(np.float64)
+        self._shared.append((view, out.T_gauge_cam, points))
         if len(self._shared) < HANDOVER:
             return
         ratios = np.concatenate([view.points[:, 2] / points[:, 2] for view, _, points in self._shared])
         scale = float(np.median(ratios))
-        transforms = []
-        for view, T_gauge_cam, _ in self._shared:
-            T = T_gauge_cam.copy()
-            T[:3, 3] *= scale
-            transforms.append(view.T_world_cam @ np.linalg.inv(T))
+        transforms = [view.T_world_cam @ np.linalg.inv(scaled(T, scale)) for view, T, _ in self._shared]
         retired, self._segment = self._segment, self._next
         self._segment.scale, self._segment.T_world_gauge = scale, mean_transform(np.stack(transforms))
         retired.memory.clear()
         self._next = Segment(retired.memory, np.eye(4))
         self._shared = []
-        self._sigma_before = np.hypot(
-            self._sigma_before, np.exp(out.log_sigma[0, 0].double().cpu().numpy()) * [scale, 1.0]
-        )
+        self._sigma_before = np.hypot(self._sigma_before, out.sigma * [scale, 1.0])
