@@ -28,6 +28,7 @@ from speed3r_ros.model.quantised import Fp8Linear, Int8Linear, WideBlock, check_
 from speed3r_ros.model.strategies import strategy_for
 
 NOMINAL_FOV = math.radians(65.0)  # field of view that the ray head's residual starts from
+COLUMNS = 16  # patches in a row of the first training size; rotary positions are in units of their width
 IMAGE_MEAN, IMAGE_STD = 0.45, 0.25
 
 
@@ -247,7 +248,7 @@ class Network(nn.Module):
     def resize(self, height: int, width: int) -> Network:
         """The same parameters at another size of images; returns itself. ValueError if blocks do not tile the patch grid.
 
-        Only constant tables depend on the size: positions are relative to the width or counted in patches.
+        Only constant tables depend on the size: positions are relative to the width, so that a larger image is a finer one.
         """
         patch = self.config.patch
         if height % (4 * patch) or width % (4 * patch) or min(height, width) <= 0 or patch % 2:
@@ -276,8 +277,9 @@ class Network(nn.Module):
             return torch.cat([y[:, None] * rate] * 2 + [x[:, None] * rate] * 2, 1)[None, :, None]
 
         zeros = torch.zeros(cfg.specials)
-        token = angles(torch.cat([zeros, y + 1]), torch.cat([zeros, x + 1]))
-        block = angles((y + 1).view(-1, BLOCK).mean(1), (x + 1).view(-1, BLOCK).mean(1))
+        row, column = ((z + 0.5) * COLUMNS / w + 0.5 for z in (y, x))  # special tokens are at 0
+        token = angles(torch.cat([zeros, row]), torch.cat([zeros, column]))
+        block = angles(row.view(-1, BLOCK).mean(1), column.view(-1, BLOCK).mean(1))
         u, v = (x + 0.5 - w / 2) / (w / 2), (y + 0.5 - h / 2) / (w / 2)
         rate = 2.0 ** torch.arange(4) * math.pi / 2
         u, v = u[:, None], v[:, None]

@@ -545,6 +545,29 @@ def test_sizes_share_parameters():
         network.resize(60, 56)
 
 
+def test_positions_are_those_of_the_picture_at_any_size():
+    """A block of four by four patches lies where, at a quarter of the size, one patch does: rotary angles are the same."""
+    fine, coarse = Network(NetworkConfig(336, 448)), NetworkConfig(168, 224)
+    (h, w), angle = coarse.grid, torch.atan2(fine.sin_g, fine.cos_g)[0, :, 0]
+    # centres of the fine grid's blocks are corners of the coarse grid's patches
+    y, x = torch.meshgrid(torch.arange(h // 2) * 2 + 1.5, torch.arange(w // 2) * 2 + 1.5, indexing="ij")
+    rate = 100.0 ** (-torch.arange(16) / 16)
+    expected = torch.cat([y.flatten()[:, None] * rate] * 2 + [x.flatten()[:, None] * rate] * 2, 1)
+    assert torch.allclose(angle.sin(), expected.sin(), atol=1e-5) and torch.allclose(angle.cos(), expected.cos(), atol=1e-5)
+
+
+def test_mixed_sizes_are_drawn_for_each_step(tmp_path):
+    """Every size comes up at all times, frames fall with its area, and a run's draws repeat."""
+    sizes = dict(sizes="56x56 112x56", frames=16, steps=40)
+    trainer = Trainer("compact", config("compact", **sizes, mix_sizes=True), tmp_path / "a")
+    orders = [trainer.order(step) for step in range(40)]
+    for half in orders[:20], orders[20:]:
+        assert {order.size for order in half} == {(56, 56), (112, 56)}
+    assert all(order.sequences * order.views <= (16 if order.size == (56, 56) else 8) for order in orders)
+    again = Trainer("compact", config("compact", **sizes, mix_sizes=True), tmp_path / "b")
+    assert [again.order(step) for step in range(40)] == orders
+
+
 @pytest.mark.parametrize("recipe", CONFIGS)
 def test_every_setting_is_listed_and_read_back(recipe, tmp_path, capsys):
     assert main([recipe, "--list"]) == 0

@@ -27,6 +27,7 @@ class TrainingConfig:
     sizes: str = setting(
         "168x224", "height x width of the images, multiples of 56; several, as `168x224 336x448`, take equal shares"
     )
+    mix_sizes: bool = setting(False, "draw one of `sizes` for every step; off = one after the other")
     scenes: str = setting(
         "world",
         "what rendered scenes are drawn from: streets, corridors and rooms with all options, or plain rooms (docs/training.md)",

@@ -190,6 +190,8 @@ class Trainer:
         _, done = self.stage_progress(step)
         views = draw.choices(*lengths(self.config, done))[0]
         size = self.sizes[min(len(self.sizes) - 1, int(done * len(self.sizes)))]
+        if self.config.mix_sizes:
+            size = draw.choice(self.sizes)
         frames = self.config.frames * math.prod(self.sizes[0]) // math.prod(size)
         return Order(step, max(1, frames // views), views, size)
 

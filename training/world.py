@@ -39,7 +39,7 @@ BARE_SOLIDS = 5  # at most, beside the target
 BARE_CONTRAST = 0.05  # of the texture's, at most
 ASPECTS = (4 / 3, 3 / 2, 16 / 10, 16 / 9, 1.0)  # of sensors
 LARGEST_SPEED = 0.05  # image widths per frame interval that exposure and read-out may smear
-RESIDUAL = 0.6  # pixels that each term of the residual distortion moves a corner, at most
+RESIDUAL = 0.6 / 224  # of the image's width that each term of the residual distortion moves a corner, at most
 DISTANT = 1e3  # metres to the sun
 
 
@@ -168,7 +168,7 @@ def sample_shutter(r: Rng, config: WorldConfig, path: dict[str, Tensor], H: int,
     fx = K[:, 0]
     corner = ((W / 2 / fx) ** 2 + (H / 2 / K[:, 1]) ** 2).sqrt()
     terms = torch.stack([fx * corner**3, fx * corner**5, 3 * fx * corner**2, 3 * fx * corner**2], -1)
-    left = RESIDUAL * r.u(B, 4, lo=-1, hi=1) / terms * r.b(config.distortion, B, 1)
+    left = RESIDUAL * W * r.u(B, 4, lo=-1, hi=1) / terms * r.b(config.distortion, B, 1)
     turn, go = velocities(R, t)
     most = (LARGEST_SPEED * W / fx)[:, None, None]
 
