@@ -43,6 +43,7 @@ from speed3r_ros.reconstruct import Run, add_settings, check_destination, load_t
 from speed3r_ros.report import write_report
 from speed3r_ros.results import Results, versions
 from speed3r_ros.sources import TRUTH_FILES, Source, open_source, truth_file
+from speed3r_ros.variants import with_variants
 
 if TYPE_CHECKING:  # importing torch takes seconds: not for --help, nor for a wrong setting
     from speed3r_ros.pipeline import Pipeline
@@ -67,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--unknown", action="store_true", help="withhold intrinsics; images keep their lens distortion")
     parser.add_argument("--stride", type=positive, default=1, metavar="N", help="use every Nth frame")
     parser.add_argument("--frames", type=positive, metavar="N", help="stop after N frames (rendered: 24)")
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="each sequence also mirrored, backwards and both; one is little to go by",
+    )
     parser.add_argument("--sequences", type=positive, metavar="N", help="rendered sequences (8)")
     parser.add_argument("--size", type=image_size, metavar="HxW", help="pixels of rendered images (the network's)")
     parser.add_argument("--split", choices=("rooms", "world"), help="what rendered sequences are drawn from (rooms)")
@@ -101,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
             load_torch()
             folder = stack.enter_context(folder_written_whole(options.out, OUTPUTS)) if options.out else None
             sources = [open_source(path) for path in paths] or rendered(options, config.engine.device)
+            if options.variants:
+                sources = (variant for source in sources for variant in with_variants(source))
             found = evaluate_all(sources, config, known, options.stride, options.frames, folder)
     except (OSError, ValueError) as error:
         print(f"speed3r evaluate: {error}", file=sys.stderr)

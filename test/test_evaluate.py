@@ -267,6 +267,15 @@ def test_one_bad_sequence_does_not_cost_the_others(rng, tmp_path, speed3r):
     assert code == 1 and len(errors) == 1 and "depth/3.png" in errors[0] and "| b, K known | 6 |" in text
 
 
+def test_variants_of_a_sequence_have_rows_and_files_of_their_own(rng, tmp_path, speed3r):
+    write_sequence(tmp_path / "wall", rng, 6)
+    code, text, errors = speed3r(tmp_path / "wall", "--variants", "--out", tmp_path / "out")
+    assert (code, errors) == (0, [])
+    names = ["wall", "wall-mirrored", "wall-backwards", "wall-mirrored-backwards"]
+    assert all(f"| {name}, K known | 6 |" in text for name in names) and "median" in text
+    assert sorted(p.name for p in (tmp_path / "out" / "sequences").iterdir()) == sorted(names)
+
+
 def test_rendered_sequences_are_those_asked_for(tmp_path, speed3r):
     sizes = "--sequences 2 --frames 4 --size 60x84 --split world"
     code, text, errors = speed3r("rendered", *sizes.split(), "--set", "engine.device=cpu", "--out", tmp_path / "out")
