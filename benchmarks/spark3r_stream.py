@@ -72,7 +72,7 @@ def main() -> None:
         network, images = Network(NetworkConfig(56, 56, channels=64, stem=8, decoder=4)), torch.rand(14, 3, 56, 56)
     elif args.images:
         try:
-            network = load_network(EngineConfig(model=args.model))
+            network = load_network(EngineConfig(model=args.model), device)
             images = read(args.images, *network.input_size, args.every * args.frames)[0, :: args.every]
             if len(images) <= WINDOW + ANCHORS:
                 raise ValueError(

@@ -78,11 +78,11 @@ class EngineConfig:
     )
     height: int = setting(
         0,
-        "pixels that frames are resized to; 0 = the model's default: 168 of compact, which has no other, 392 of backbones",
+        "pixels that frames are resized to; 0 = the model's default: 336 of compact on a GPU, 168 on a CPU, 392 of backbones",
         low=0,
         high=2016,
     )
-    width: int = setting(0, "likewise; 0 = 224 or 504", low=0, high=2016)
+    width: int = setting(0, "likewise; 0 = 448, 224 or 504", low=0, high=2016)
     attention: str = setting(
         "auto",
         "global attention strategy; auto = what the model was trained with: speed3r for compact and speed3r-pi3, else dense; "
@@ -135,11 +135,9 @@ class EngineConfig:
                 f"{prefix}attention = 'spark3r' works where all frames see all, and of streamvggt a frame sees only earlier "
                 f"ones; use dense or speed3r, or stream with {prefix}streaming = incremental"
             )
-        if self.model == "compact":
-            return  # its sizes are those of its weights
-        if self.precision == "int8":
+        if self.precision == "int8" and self.model != "compact":
             raise ValueError(f"{prefix}precision = 'int8': only compact runs in it; use auto, fp8, bf16 or fp32")
-        step = 56 if self.strategy in ("speed3r", "lite3r") else 14
+        step = 56 if self.model == "compact" or self.strategy in ("speed3r", "lite3r") else 14
         for name in ("height", "width"):
             if (side := getattr(self, name)) % step:
                 near = max(1, round(side / step)) * step

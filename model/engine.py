@@ -159,7 +159,7 @@ class Engine:
         self.device, self.dtype = select_device(self.config)
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        self.network = (network or load_network(self.config)).to(self.device).precision(self.dtype).eval()
+        self.network = (network or load_network(self.config, self.device)).to(self.device).precision(self.dtype).eval()
         self._spare = [self._new_memory(), self._new_memory()]
         self._graphs = self._capture() if self.device.type == "cuda" and self.network.capturable else {}
         self.reset()

@@ -243,6 +243,7 @@ class Network(nn.Module):
         for layer in (self.point_conv3, self.camera_fc2):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        self.trained_sizes = ((config.height, config.width),)  # (h, w) of images, the smallest first
         self.resize(config.height, config.width)
 
     def resize(self, height: int, width: int) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
@@ -65,14 +66,22 @@ def load_trained(config: EngineConfig) -> nn.Module:
     return model
 
 
-def load_network(config: EngineConfig) -> StreamingNetwork:
-    """The network of these settings as the engine drives it. ValueError: see `load_trained`, and for a size that it does not
-    run at."""
+def load_network(config: EngineConfig, device: torch.device) -> StreamingNetwork:
+    """The network of these settings as the engine drives it, still on the CPU. ValueError: see `load_trained`.
+
+    device: where it will run. Compact's default size is the largest that it was trained at, on a CPU the smallest.
+    """
     network = load_trained(config)
     if config.model != "compact":
         size = config.height or BACKBONE_SIZE[0], config.width or BACKBONE_SIZE[1]
         return ADAPTERS[config.streaming](network, size)
-    for name, asked, fixed in zip(("height", "width"), (config.height, config.width), network.input_size):
-        if asked not in (0, fixed):
-            raise ValueError(f"engine.{name} = {asked}: these weights of compact run at {fixed}; give that or 0")
-    return network
+    height, width = network.trained_sizes[0 if device.type == "cpu" else -1]
+    size = config.height or height, config.width or width
+    if size not in network.trained_sizes:
+        known = ", ".join(f"{h} x {w}" for h, w in network.trained_sizes)
+        logging.getLogger(__name__).warning(
+            "compact was not trained on images of %d x %d (height x width), only of %s: expect it to be less accurate",
+            *size,
+            known,
+        )
+    return network.resize(*size)

@@ -89,7 +89,8 @@ def read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
 def save(network: Network, folder: Path, note: dict[str, str] | None = None) -> int:
     """Write fp16 shards of the network's parameters; returns their size in bytes. An older set there is replaced."""
     halves = {name: value.detach().half() for name, value in network.named_parameters()}
-    return write_shards(halves, folder, {"format": FORMAT, "network": json.dumps(network.settings()), **(note or {})})
+    about = {"network": json.dumps(network.settings()), "trained_sizes": json.dumps(network.trained_sizes)}
+    return write_shards(halves, folder, {"format": FORMAT, **about, **(note or {})})
 
 
 def read_safetensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,7 +118,8 @@ def require_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tens
 
 
 def load(name: str) -> Network:
-    """The network that `name` (see `locate`) holds, float32 on the CPU, in evaluation mode.
+    """The network that `name` (see `locate`) holds, at the smallest size that it was trained at, float32 on the CPU, in
+    evaluation mode.
 
     Raises ValueError with one line that names the file and the first differing key or shape when the checkpoint is
     missing, truncated, foreign or incomplete.
@@ -129,9 +131,12 @@ def load(name: str) -> Network:
     try:
         settings = json.loads(metadata["network"])
         config = NetworkConfig(**{f.name: int(settings[f.name]) for f in fields(NetworkConfig)})
-    except (KeyError, ValueError, TypeError) as error:
+        network = Network(config)
+        if "trained_sizes" in metadata:
+            network.trained_sizes = tuple((int(h), int(w)) for h, w in json.loads(metadata["trained_sizes"]))
+            network.resize(*network.trained_sizes[0])
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{last}: unreadable network configuration ({error!r})") from error
-    network = Network(config)
     if any(key.endswith("proj_lin.weight") for key in state):
         add_linear_branch(network)
     require_same_shapes(dict(network.named_parameters()), state, folder, "copy the folder again")

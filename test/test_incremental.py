@@ -270,11 +270,6 @@ def test_auto_attention_is_what_the_model_was_trained_with():
     assert EngineConfig(model="pi3", attention="speed3r").strategy == "speed3r"
 
 
-def test_compact_has_one_size():
-    with pytest.raises(ValueError, match="engine.height = 392: these weights of compact run at 168; give that or 0"):
-        Engine(EngineConfig(height=392, device="cpu"))
-
-
 # ---------------------------------------------------------------------------------------------------------- the commands
 
 

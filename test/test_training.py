@@ -553,7 +553,9 @@ def test_positions_are_those_of_the_picture_at_any_size():
     y, x = torch.meshgrid(torch.arange(h // 2) * 2 + 1.5, torch.arange(w // 2) * 2 + 1.5, indexing="ij")
     rate = 100.0 ** (-torch.arange(16) / 16)
     expected = torch.cat([y.flatten()[:, None] * rate] * 2 + [x.flatten()[:, None] * rate] * 2, 1)
-    assert torch.allclose(angle.sin(), expected.sin(), atol=1e-5) and torch.allclose(angle.cos(), expected.cos(), atol=1e-5)
+    assert torch.allclose(angle.sin(), expected.sin(), atol=1e-5) and torch.allclose(
+        angle.cos(), expected.cos(), atol=1e-5
+    )
 
 
 def test_mixed_sizes_are_drawn_for_each_step(tmp_path):
@@ -566,6 +568,9 @@ def test_mixed_sizes_are_drawn_for_each_step(tmp_path):
     assert all(order.sequences * order.views <= (16 if order.size == (56, 56) else 8) for order in orders)
     again = Trainer("compact", config("compact", **sizes, mix_sizes=True), tmp_path / "b")
     assert [again.order(step) for step in range(40)] == orders
+    assert trainer.averaged().trained_sizes == ((56, 56), (112, 56))
+    one_after_the_other = Trainer("compact", config("compact", **sizes), tmp_path / "c")
+    assert one_after_the_other.averaged().trained_sizes == ((112, 56),)
 
 
 @pytest.mark.parametrize("recipe", CONFIGS)

@@ -1,6 +1,6 @@
 """Checkpoints: round trip, and one clear line for every way in which one can be wrong."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from speed3r_ros.model import weights
+from speed3r_ros.model.config import EngineConfig
+from speed3r_ros.model.engine import Engine
 from speed3r_ros.model.network import Network, NetworkConfig
+from speed3r_ros.model.streaming import load_network
 
 TINY = NetworkConfig(height=56, width=56, channels=64, encoder_blocks=1, alternating_blocks=1, stem=4, decoder=2)
 
@@ -82,9 +85,14 @@ def test_first_differing_key_is_named(folder, kind):
     refused(folder, {"missing": change.key, "renamed": "aaa", "shape": r"\(7, 7\)"}[kind])
 
 
-def test_unreadable_configuration(folder):
+@pytest.mark.parametrize(
+    "changed",
+    [dict(network='{"channels": "many"}'), dict(trained_sizes="[]"), dict(trained_sizes="[[60, 56]]")],
+    ids=str,
+)
+def test_unreadable_configuration(folder, changed):
     def change(_, metadata):
-        metadata["network"] = json.dumps({"channels": "many"})
+        metadata |= changed
 
     rewrite(sorted(folder.iterdir())[-1], change)
     refused(folder, "configuration")
@@ -93,3 +101,24 @@ def test_unreadable_configuration(folder):
 def test_saving_replaces_an_older_set(folder):
     weights.save(Network(TINY), folder)
     assert weights.load(str(folder)).config == TINY and not folder.with_name("set.partial").exists()
+
+
+def test_compact_runs_at_the_sizes_of_its_training_and_says_so_of_others(tmp_path, caplog):
+    """By default the smallest on a CPU and the largest elsewhere; weights without a list have the size they name."""
+    network = Network(replace(TINY, width=112))
+    weights.save(network, tmp_path / "one")
+    network.trained_sizes = (56, 56), (112, 168)
+    weights.save(network, tmp_path / "two")
+
+    def size(name, device, **asked):
+        config = EngineConfig(weights=str(tmp_path / name), **asked)
+        return load_network(config, torch.device(device)).input_size
+
+    assert size("one", "cpu") == size("one", "cuda") == (56, 112)
+    assert size("two", "cpu") == (56, 56) and size("two", "cuda") == (112, 168)
+    assert size("two", "cpu", height=112, width=168) == (112, 168)
+    assert not caplog.records
+    assert size("two", "cpu", width=168) == (56, 168)
+    assert "not trained on images of 56 x 168 (height x width), only of 56 x 56, 112 x 168" in caplog.text
+    with pytest.raises(ValueError, match="engine.height = 400: compact with .* needs a multiple of 56, e.g. 392, or 0"):
+        Engine(EngineConfig(height=400))

@@ -113,6 +113,7 @@ class Trainer:
         self.recipe = RECIPES[recipe](config, self.device)
         self.network = self.recipe.network.train()
         self.stages, self.sizes = self.recipe.stages(), image_sizes(config)
+        self.trained_sizes = tuple(sorted(set(self.sizes if config.mix_sizes else self.sizes[-1:])))
         self.data = self.recipe.data(self.rank)
         self._begun: dict[Order, list[futures.Future]] = {}  # data of the coming steps
         self.waited = 0.0  # seconds for it, since the last line of the log
@@ -378,7 +379,7 @@ class Trainer:
                 if name in average:
                     p.copy_(average[name].half().float())
         if isinstance(network, Network):
-            network.resize(*self.sizes[-1])
+            network.resize(*self.sizes[-1]).trained_sizes = self.trained_sizes
         return network.to(self.device).eval().requires_grad_(False)
 
     @torch.compiler.set_stance("force_eager")
