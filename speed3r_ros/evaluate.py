@@ -108,7 +108,9 @@ def run(options: argparse.Namespace) -> int:
             folder = stack.enter_context(folder_written_whole(options.out, OUTPUTS)) if options.out else None
             sources = [open_source(path) for path in paths] or rendered(options, config.engine.device)
             if options.variants:
-                sources = (variant for source in sources for variant in with_variants(source))
+                sources = (
+                    variant for source in sources for variant in with_variants(source, options.stride, options.frames)
+                )
             found = evaluate_all(sources, config, known, options.stride, options.frames, folder)
     except (OSError, ValueError) as error:
         print(f"speed3r evaluate: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -32,19 +33,19 @@ def mirrored_camera(camera: Camera) -> Camera:
 
 
 class Variant(Source):
-    """A source mirrored, backwards, or both; its truth, depth and camera are turned with it.
+    """The first `count` frames of a source mirrored, backwards, or both; its truth, depth and camera are turned with them.
 
     Backwards, stamps count down from twice the last true one and an hour. Raises ValueError for a source without ground truth,
-    and when one is to be read backwards that is too long to be held in memory.
+    and when more frames are to be read backwards than can be held in memory.
     """
 
-    def __init__(self, source: Source, mirrored: bool, backwards: bool) -> None:
+    def __init__(self, source: Source, mirrored: bool, backwards: bool, count: int) -> None:
         if source.truth is None:
             raise ValueError(f"{source.name}: no ground truth, of which variants could have theirs")
-        self.source, self.mirrored, self.backwards = source, mirrored, backwards
+        self.source, self.mirrored, self.backwards, self.count = source, mirrored, backwards, count
         self.path = source.path
         self.name = "-".join([source.name, *["mirrored"] * mirrored, *["backwards"] * backwards])
-        self._pivot = 2 * int(source.truth.stamps_ns[-1]) + MARGIN_NS
+        self._pivot = 2 * int(max(source.truth.stamps_ns, default=0)) + MARGIN_NS
         poses = MIRROR @ source.truth.poses @ MIRROR if mirrored else source.truth.poses
         pairs = list(zip(source.truth.stamps_ns.tolist(), poses))
         self.truth = Trajectory()
@@ -56,7 +57,7 @@ class Variant(Source):
         return self._pivot - stamp_ns if self.backwards else stamp_ns
 
     def __len__(self) -> int:
-        return len(self.source)
+        return self.count
 
     @property
     def duration_s(self) -> float:
@@ -64,9 +65,12 @@ class Variant(Source):
 
     def __iter__(self) -> Iterator[Item]:
         if self.backwards and len(self) > MOST_FRAMES:
-            raise ValueError(f"{self.name}: has {len(self)} frames; to be read backwards, at most {MOST_FRAMES}")
+            raise ValueError(
+                f"{self.name}: has {len(self)} frames; to be read backwards, at most {MOST_FRAMES}: use fewer with --frames"
+            )
+        frames = islice(self.source, self.count)
         last = turned = None  # cameras; kept as long as they are the same, for their maps
-        for stamp, image, camera in reversed(list(self.source)) if self.backwards else self.source:
+        for stamp, image, camera in reversed(list(frames)) if self.backwards else frames:
             if self.mirrored:
                 image = np.ascontiguousarray(image[:, ::-1])
                 if camera is not None:
@@ -79,6 +83,9 @@ class Variant(Source):
         return depth[:, ::-1].copy() if self.mirrored and depth is not None else depth
 
 
-def with_variants(source: Source) -> list[Source]:
-    """The source, and it mirrored, backwards, and both. ValueError: see `Variant`."""
-    return [source, *(Variant(source, *how) for how in ((True, False), (False, True), (True, True)))]
+def with_variants(source: Source, stride: int = 1, limit: int | None = None) -> list[Source]:
+    """The source, and it mirrored, backwards, and both, up to the last frame that is used: backwards, every `stride`th
+    frame, of which at most `limit` are used, is one that is used forwards, too. ValueError: see `Variant`."""
+    used = range(0, len(source), stride)[:limit]
+    count = used[-1] + 1 if used else 0
+    return [source, *(Variant(source, *how, count) for how in ((True, False), (False, True), (True, True)))]

@@ -276,6 +276,15 @@ def test_variants_of_a_sequence_have_rows_and_files_of_their_own(rng, tmp_path, 
     assert sorted(p.name for p in (tmp_path / "out" / "sequences").iterdir()) == sorted(names)
 
 
+def test_variants_of_a_sequence_with_an_empty_truth_do_not_cost_the_others(rng, tmp_path, speed3r):
+    for name in ("a", "b"):
+        write_sequence(tmp_path / name, rng, 6)
+    (tmp_path / "a" / "groundtruth.txt").write_text("# timestamp tx ty tz qx qy qz qw\n")
+    code, text, errors = speed3r(tmp_path, "--variants")
+    assert code == 1 and len(errors) == 4 and all("0 true poses" in error for error in errors)
+    assert "| b-mirrored-backwards, K known | 6 |" in text
+
+
 def test_rendered_sequences_are_those_asked_for(tmp_path, speed3r):
     sizes = "--sequences 2 --frames 4 --size 60x84 --split world"
     code, text, errors = speed3r("rendered", *sizes.split(), "--set", "engine.device=cpu", "--out", tmp_path / "out")

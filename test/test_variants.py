@@ -105,11 +105,27 @@ def test_variants_show_the_scene_from_their_true_poses(rng):
             assert variant.true_depth(stamp)[image[..., 0] == 255] == pytest.approx(z, rel=1e-5)
 
 
+def test_backwards_uses_the_frames_that_are_used_forwards(rng):
+    count, stride, limit = rng.integers(2, 15), int(rng.integers(1, 5)), rng.choice([None, 1, 3, 20])
+    source, forwards, *turned = with_variants(Recorded(rng, count), stride, limit)
+
+    def used(variant):  # as `evaluate` takes them
+        frames = list(variant)
+        assert variant is source or len(variant) == len(frames)
+        return [image for _, image, _ in frames[::stride][:limit]]
+
+    seen = used(source)
+    np.testing.assert_array_equal(used(forwards), [image[:, ::-1] for image in seen])
+    for variant, flip in zip(turned, (1, -1)):
+        np.testing.assert_array_equal(used(variant), [image[:, ::flip] for image in seen[::-1]])
+
+
 def test_a_source_without_truth_or_too_long_is_refused(rng, monkeypatch):
     source = Recorded(rng)
     monkeypatch.setattr(variants, "MOST_FRAMES", 4)
     with pytest.raises(ValueError, match="recorded-backwards: has 5 frames; to be read backwards, at most 4"):
         list(with_variants(source)[2])
+    assert len(list(with_variants(source, limit=4)[2])) == 4
     source.truth = None
     with pytest.raises(ValueError, match="recorded: no ground truth"):
         with_variants(source)
