@@ -33,9 +33,7 @@ def check(config: Any, prefix: str = "") -> None:
             check(value, f"{name}.")
             continue
         kind = type(item.default)
-        if kind is float and type(value) is int:
-            continue
-        if type(value) is not kind:
+        if type(value) is not kind and (kind, type(value)) != (float, int):
             raise ValueError(f"{name} = {value!r}: expected {kind.__name__}, e.g. {item.default!r}")
         if meta["choices"] and value not in meta["choices"]:
             raise ValueError(f"{name} = {value!r}: choose one of {', '.join(meta['choices'])}")

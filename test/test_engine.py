@@ -225,6 +225,7 @@ def test_image_size_may_change_mid_stream(engine):
         ({"attention": "flash"}, "speed3r, dense"),
         ({"top_k": 1.5}, "expected int"),
         ({"keyframe_overlap": float("nan")}, "keyframe_overlap"),
+        ({"keyframe_overlap": 2}, "keyframe_overlap"),
         ({"device": "tpu"}, "auto, cpu, cuda"),
     ],
 )

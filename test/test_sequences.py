@@ -211,8 +211,17 @@ def test_what_is_wrong_is_said_on_entry(tmp_path, rng):
     (ours / "poses.txt").unlink()
     refused(ours, "no poses; expected groundtruth.txt")
 
+    small = tmp_path / "freiburg2_small"
+    recordings.write_listing(small, rng, 2, (240, 320), layout="tum")
+    refused(small, "those of freiburg2 are taken, which are for 640 x 480 pixels")
+
     seven = tmp_path / "seven"
     recordings.write_seven_scenes(seven, rng, 2, True)
+    first = seven / "frame-000000.color.png"
+    full = first.read_bytes()
+    assert write(str(first), np.zeros((240, 320, 3), np.uint8))
+    refused(seven, "the intrinsics of 7-Scenes are for 640 x 480 pixels")
+    first.write_bytes(full)
     rewrite(seven / "frame-000001.pose.txt", (seven / "frame-000001.pose.txt").read_text(), "1 0 0\n")
     refused(seven, "000001.pose.txt: expected 16 numbers, found '1 0 0'")
     (seven / "frame-000001.pose.txt").write_text("nan " * 16)

@@ -596,6 +596,16 @@ def test_every_setting_is_listed_and_read_back(recipe, tmp_path, capsys):
         (["lite3r", "--out", "o", "--set", "steps=1", "optimiser=muon"], 2, "lite3r trains none"),
         (["compact", "--out", "o", "--config", "none.yaml"], 2, "none.yaml"),
         (["compact", "--out", "o", "--resume"], 2, "o/config.yaml"),
+        (
+            ["compact", "--out", "o", "--resume", "--config", "c.yaml"],
+            2,
+            "--config: a run goes on with its own settings",
+        ),
+        (
+            ["distil", "--out", "o", "--set", "steps=1", "student=backbone", "init=compact"],
+            2,
+            "starts from the teacher",
+        ),
         (["finetune", "--out", "o", "--set", "steps=1", "sequences=nowhere"], 1, "nowhere: not a folder"),
         (["compact", "--out", "o", "--set", "steps=1", "init=nothing"], 1, "no weights 'nothing'"),
         (["distil", "--out", "o", "--set", "steps=1", "teacher=nothing"], 1, "no weights 'nothing'"),

@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.out is None:
         parser.error("--out DIR: the folder for checkpoint, weights and log is missing")
+    if options.resume and options.config:
+        parser.error("--config: a run goes on with its own settings; leave it out, and change single ones by --set")
     try:
         config = read_config(options)
         require_runnable(options.recipe, config)

@@ -180,6 +180,10 @@ def require_runnable(recipe: str, config: TrainingConfig) -> None:
         raise ValueError("optimiser = 'muon': needs whole matrices, which parallel = 'fsdp' splits; use adamw or ddp")
     if config.optimiser == "muon" and recipe == "lite3r":
         raise ValueError("optimiser = 'muon': moves matrices of blocks, of which lite3r trains none; leave it out")
+    if recipe == "distil" and config.student == "backbone" and config.init:
+        raise ValueError(
+            f"init = {config.init!r}: with student = 'backbone', training starts from the teacher; leave it out"
+        )
     if recipe == "finetune" and not config.sequences:
         raise ValueError("sequences = '': give the folders to fine-tune on, e.g. --set sequences=DATA/a:DATA/b")
     if recipe == "lite3r" and config.attention != "lite3r":

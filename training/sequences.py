@@ -40,6 +40,7 @@ TOLERANCE_NS = 20_000_000  # between the stamps of an image, its pose and its de
 NEAREST = 0.1  # m; depth below is none
 FARTHEST = 10.0  # m; depth beyond is none, unless the folder says otherwise
 UNPOSED_UNIT = 0.5  # mean distance between the views of a sequence without depth, whose unit nothing else fixes
+PUBLISHED_SIZE = 480, 640  # (h, w) of the images of TUM RGB-D and 7-Scenes, which published intrinsics are for
 TUM_CAMERAS = {  # fx, fy, cx, cy and distortion, as published with the benchmark
     "freiburg1": (517.3, 516.5, 318.6, 255.3, (0.2624, -0.9531, -0.0054, 0.0026, 1.1633)),
     "freiburg2": (520.9, 521.0, 325.1, 249.7, (0.2312, -0.7849, -0.0033, -0.0001, 0.9172)),
@@ -128,6 +129,12 @@ def _pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
+def _require_size(images: list[Path], size: tuple[int, int], intrinsics: str) -> None:
+    """ValueError if the first image, where it is there, has not the size (h, w) that intrinsics are for."""
+    if images and images[0].is_file() and read_image(images[0]).shape[:2] != size:
+        raise ValueError(f"{intrinsics} for {size[1]} x {size[0]} pixels, and {images[0].name} has others")
+
+
 def _listed(path: Path, listing: str) -> tuple[np.ndarray, list[Path]]:
     """Stamps in ns (N,) and files of `timestamp file` lines. ValueError."""
     rows = [line.split() for line in (path / listing).read_text().splitlines() if line.strip() and line[0] != "#"]
@@ -152,15 +159,14 @@ def from_listing(path: Path) -> Recording:
         raise ValueError(f"{path}/intrinsics.json: depth_scale_m and depth_max_m must be numbers ({error})") from error
     if source.camera:
         K, D = source.camera.K, tuple(source.camera.D.tolist())
-        size = source.camera.height, source.camera.width
-        if images and images[0].is_file() and read_image(images[0]).shape[:2] != size:
-            raise ValueError(
-                f"{path}/intrinsics.json: is for {size[1]} x {size[0]} pixels, and {images[0].name} is not"
-            )
+        _require_size(images, (source.camera.height, source.camera.width), f"{path}/intrinsics.json: is")
     else:
         names = [name for name in TUM_CAMERAS if name in path.name]
         if not names:
             raise ValueError(f"{path}: no intrinsics; add intrinsics.json, or name the TUM camera in the folder's name")
+        _require_size(
+            images, PUBLISHED_SIZE, f"{path}: without intrinsics.json, those of {names[0]} are taken, which are"
+        )
         *values, D = TUM_CAMERAS[names[0]]
         K = _pinhole(*values)
     depths: list[Path | None] = [None] * len(mine)
@@ -183,6 +189,7 @@ def from_listing(path: Path) -> Recording:
 def from_seven_scenes(path: Path) -> Recording:
     """One `seq-XX` folder. ValueError."""
     images = sorted(path.glob("frame-*.color.png"))
+    _require_size(images, PUBLISHED_SIZE, f"{path}: the intrinsics of 7-Scenes are")
     stems = [str(image).removesuffix(".color.png") for image in images]
     poses = []
     for stem in stems:
