@@ -19,7 +19,7 @@ from speed3r_ros.training.losses import mean_depth, mean_where, relative_poses, 
 
 HUBER = 0.1  # of relative translations, in units of mean depth
 LARGEST = 10.0  # a term above is left out: the teacher failed on a sequence (released code)
-ENCODER = ("stem1", "stem2", "patch_embed", "position", "ray_embed", "patch_norm", "encoder", "describe")
+ENCODER = ("stem1", "stem2", "patch_embed", "position", "ray_embed", "patch_norm", "encoder")
 PI3_HEADS, VGGT_HEADS = ("conf_decoder", "conf_head"), ("point_head", "track_head")
 
 
@@ -128,11 +128,13 @@ def attention_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     return torch.stack([F.mse_loss(a.float(), b.detach().float()) for a, b in zip(student, teacher)]).mean()
 
 
-def freeze_untrained(model: nn.Module) -> None:
-    """Freeze what comes before the attention across views, and heads of backbones that the loss does not read."""
+def freeze_untrained(model: nn.Module, random: bool = False) -> None:
+    """Freeze the image encoder, unless its weights are random, and heads that the loss does not read."""
     if isinstance(model, Network):
         model.match_scale.requires_grad_(False)
-    frozen = ENCODER if isinstance(model, Network) else VGGT_HEADS if isinstance(model, Vggt) else PI3_HEADS
+        frozen = ("describe", *(() if random else ENCODER))
+    else:
+        frozen = VGGT_HEADS if isinstance(model, Vggt) else PI3_HEADS
     for name, part in model.named_children():
         if name in frozen:
             part.requires_grad_(False)

@@ -276,7 +276,8 @@ class Recipe:
 
 
 class Distil(Recipe):
-    """Everything but the image encoder learns a frozen dense teacher's answers to the same images."""
+    """Everything but the image encoder, unless it begins with random weights, learns a frozen dense teacher's answers to the
+    same images."""
 
     def make_network(self) -> nn.Module:
         """The student; the teacher beside it."""
@@ -288,11 +289,13 @@ class Distil(Recipe):
                     f"student = 'backbone': teacher {c.teacher!r} is neither a Pi3 nor a VGGT; use compact"
                 )
             student = speed3r_student(self.teacher)
-        elif c.init or not isinstance(self.teacher, Network):
-            student = super().make_network()
+            freeze_untrained(student.requires_grad_(True))
+        elif init := c.init or (c.teacher if isinstance(self.teacher, Network) else ""):
+            student = weights.load(init)
+            freeze_untrained(student.requires_grad_(True))
         else:
-            student = weights.load(c.teacher)
-        freeze_untrained(student.requires_grad_(True))
+            student = super().make_network()
+            freeze_untrained(student, random=True)
         return student
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
