@@ -47,14 +47,16 @@ def config(recipe, **values):
     return with_values(CONFIGS[recipe](), SMALL | values)
 
 
-def tiny_weights(folder, seed=None):
-    """Random weights whose blocks matter."""
+def tiny_weights(folder, seed=None, linear=False):
+    """Random weights whose blocks matter; with lite3r's linear branch or without."""
     torch.manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     network = Network(NetworkConfig(56, 56, channels=64, encoder_blocks=1, alternating_blocks=2, stem=8, decoder=4))
     for block in [m for m in network.modules() if isinstance(m, Block)]:
         nn.init.normal_(block.proj.weight, std=0.1)
     nn.init.normal_(network.camera_fc2.weight, std=0.05)
     nn.init.normal_(network.point_conv3.weight, std=0.2)
+    if linear:
+        add_linear_branch(network)
     weights.save(network, folder)
     return str(folder)
 
@@ -451,9 +453,12 @@ def test_finetune_lowers_its_loss_on_recorded_sequences(tmp_path):
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """Gradients, as AdamW's first moments, of two gloo processes with 4 frames each and of one with 8; and held-out rows."""
+    """Gradients, as AdamW's first moments, of two gloo processes with 4 frames each and of one with 8; and held-out rows.
+
+    The weights have a linear branch, which speed3r does not read.
+    """
     recordings.write_listing(tmp_path / "a", np.random.default_rng(), 6, (96, 128))
-    init = tiny_weights(tmp_path / "w")
+    init = tiny_weights(tmp_path / "w", linear=True)
     values = SMALL | dict(steps=1, init=init, sequences=f"{tmp_path}/a", longest=2, held_out=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -43,6 +43,9 @@ LOG_EVERY = 20.0  # seconds
 AHEAD = 4  # steps whose data is begun before they are
 WIDE = "qkv", "proj", "fc1", "fc2"  # the blocks' layers whose matrices Muon can move
 MOMENTS = dict(mean="exp_avg", square="exp_avg_sq")  # their names in a checkpoint and in an optimiser's state
+UNREAD = dict(
+    dense={"gate", "proj_lin"}, speed3r={"proj_lin"}, lite3r={"gate"}
+)  # layers that kinds of attention leave out
 CLOCK_EVERY = 10  # steps after which processes agree on the time and on a wish to stop
 
 
@@ -173,7 +176,7 @@ class Trainer:
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
-                find_unused_parameters=self.stage.attention == "dense",  # the gates
+                find_unused_parameters=any(UNREAD[self.stage.attention] & set(n.split(".")) for n in self.parameters),
             )
 
     def _next_stage(self, number: int) -> None:
