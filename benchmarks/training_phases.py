@@ -108,7 +108,9 @@ def main() -> None:
         done = (time.perf_counter() - start) / count * 1e3
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if CUDA else ""
-    print(f"{name}, torch {torch.__version__}, {config.sizes}, {config.frames} frames a step, {config.scenes}{peak}\n")
+    print(
+        f"{name}, torch {torch.__version__}, {trainer.config.sizes}, {config.frames} frames a step, {config.scenes}{peak}\n"
+    )
     print(f"| phase | launched, ms | done, ms |\n|---|---|---|\n{watch.rows()}")
     print(f"| steps in a row, {frames / done / count * 1e3:,.0f} frames/s | {launched:.1f} | {done:.1f} |")
 

@@ -574,8 +574,44 @@ def test_mixed_sizes_are_drawn_for_each_step(tmp_path):
     again = Trainer("compact", config("compact", **sizes, mix_sizes=True), tmp_path / "b")
     assert [again.order(step) for step in range(40)] == orders
     assert trainer.averaged().trained_sizes == ((56, 56), (112, 56))
-    one_after_the_other = Trainer("compact", config("compact", **sizes), tmp_path / "c")
-    assert one_after_the_other.averaged().trained_sizes == ((112, 56),)
+
+
+def test_weights_say_what_they_were_trained_at_last(tmp_path):
+    """Sizes that take turns, in both stages: written weights know the last step's, wherever a run is stopped."""
+    steps, share = 16, float(torch.randint(3, 7, ())) / 10
+    trainer = Trainer("compact", config("compact", sizes="56x56 112x56", steps=steps, dense_share=share), tmp_path)
+    seen = []
+    for trainer.step in range(1, steps + 1):
+        network = trainer.averaged()
+        seen.append(network.input_size)
+        assert network.trained_sizes == (trainer.order(trainer.step - 1).size,) == (network.input_size,)
+    assert set(seen) == {(56, 56), (112, 56)} and seen[-1] == (112, 56)
+
+
+def test_mixed_sizes_are_told_smallest_first(tmp_path):
+    """By area, which is what the time of a step follows."""
+    settings = config("compact", steps=1, sizes="56x280 112x56 168x56", mix_sizes=True)
+    trainer = Trainer("compact", settings, tmp_path)
+    assert trainer.averaged().trained_sizes == ((112, 56), (168, 56), (56, 280))
+
+
+@pytest.mark.parametrize("recipe, start", [("finetune", "init"), ("distil", "teacher"), ("lite3r", "init")])
+def test_training_goes_on_at_the_sizes_of_its_weights(recipe, start, tmp_path):
+    tiny_weights(tmp_path / "w")
+    network = weights.load(str(tmp_path / "w"))
+    network.trained_sizes = (56, 56), (112, 56)
+    weights.save(network, tmp_path / "w")
+    values = {start: str(tmp_path / "w")} | dict(sizes="", steps=30)
+    if recipe == "finetune":
+        recordings.write_listing(tmp_path / "a", np.random.default_rng(), 6, (96, 128))
+        values |= dict(sequences=str(tmp_path / "a"))
+    trainer = Trainer(recipe, config(recipe, **values), tmp_path / "run")
+    assert {trainer.order(step).size for step in range(30)} == set(network.trained_sizes)
+    trainer.run(until=1)
+    assert weights.load(str(tmp_path / "run/weights")).trained_sizes == network.trained_sizes
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["sizes"] == "56x56 112x56"
+    other = Trainer(recipe, config(recipe, **values | dict(sizes="112x112")), tmp_path / "other")
+    assert other.averaged().trained_sizes == ((112, 112),)
 
 
 @pytest.mark.parametrize("recipe", CONFIGS)

@@ -25,7 +25,9 @@ class TrainingConfig:
         0.0, "share of a stage in which the longest sequence grows from 4 frames to `longest`", low=0.0, high=1.0
     )
     sizes: str = setting(
-        "168x224", "height x width of the images, multiples of 56; several, as `168x224 336x448`, take equal shares"
+        "",
+        "height x width of the images, multiples of 56; several, as `168x224 336x448`, take equal shares; empty = those that "
+        "the weights it starts from were trained at, drawn for every step; 168x224 from random weights and of backbones",
     )
     mix_sizes: bool = setting(False, "draw one of `sizes` for every step; off = one after the other")
     scenes: str = setting(
@@ -193,7 +195,8 @@ def require_runnable(recipe: str, config: TrainingConfig) -> None:
 
 
 def image_sizes(config: TrainingConfig) -> list[tuple[int, int]]:
-    """`sizes` as (height, width) pairs. ValueError for other text, and for sides that are no multiples of 56."""
+    """`sizes` as (height, width) pairs, none where the recipe is to choose. ValueError for other text, and for sides that are
+    no multiples of 56."""
     sizes = []
     for text in config.sizes.split():
         sides = text.split("x")
@@ -202,8 +205,6 @@ def image_sizes(config: TrainingConfig) -> list[tuple[int, int]]:
                 f"sizes = {config.sizes!r}: expected HEIGHTxWIDTH of multiples of 56, e.g. 168x224 336x448"
             )
         sizes.append((int(sides[0]), int(sides[1])))
-    if not sizes:
-        raise ValueError("sizes = '': expected HEIGHTxWIDTH, e.g. 168x224")
     return sizes
 
 

@@ -47,6 +47,7 @@ FIRST_LONGEST = 4  # frames of the longest sequence when a lengthening curriculu
 WINDOW, ANCHORS, BANK = 4, 6, 32  # the deployed memory
 REFRESH = 60  # steps after which a few textures are replaced
 KNOWN = 0.5  # share of sequences whose intrinsics the network is given
+BACKBONE_SIZE = 168, 224  # (h, w) of the images that backbones are trained on by default
 TINY = NetworkConfig(channels=64, encoder_blocks=1, alternating_blocks=1, stem=16, decoder=8)
 
 
@@ -230,8 +231,8 @@ def predict(model: nn.Module, batch: Batch, draw: Draw, attention: str | Strateg
 class Recipe:
     """The compact network with ground truth (the recipes `compact` and `finetune`); others change parts of it.
 
-    network: what is trained, where `requires_grad`. teacher: a frozen one beside it, or None. ValueError where weights
-    or sequences are missing or wrong.
+    network: what is trained, where `requires_grad`. teacher: a frozen one beside it, or None. config: that given, with the
+    `sizes` that it leaves to the recipe. ValueError where weights or sequences are missing or wrong.
     """
 
     teacher: nn.Module | None = None
@@ -239,6 +240,10 @@ class Recipe:
     def __init__(self, config: TrainingConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.network = self.make_network().to(device)
+        if not image_sizes(config):
+            sizes = self.network.trained_sizes if isinstance(self.network, Network) else [BACKBONE_SIZE]
+            text = " ".join(f"{height}x{width}" for height, width in sizes)
+            self.config = replace(config, sizes=text, mix_sizes=len(sizes) > 1)
 
     def make_network(self) -> nn.Module:
         """The network to be trained, on the CPU."""

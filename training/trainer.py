@@ -103,7 +103,7 @@ class Trainer:
                 ("no", "leave --resume out") if resume else ("a", "give --resume to go on, or another folder")
             )
             raise ValueError(f"{out}: has {state} checkpoint; {remedy}")
-        self.name, self.config, self.out, self.started = recipe, config, out, time.monotonic()
+        self.name, self.out, self.started = recipe, out, time.monotonic()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -114,9 +114,9 @@ class Trainer:
             torch.backends.cuda.enable_cudnn_sdp(False)  # no plan building for each shape
         torch.manual_seed(config.seed)
         self.recipe = RECIPES[recipe](config, self.device)
+        self.config = config = self.recipe.config
         self.network = self.recipe.network.train()
         self.stages, self.sizes = self.recipe.stages(), image_sizes(config)
-        self.trained_sizes = tuple(sorted(set(self.sizes if config.mix_sizes else self.sizes[-1:])))
         self.data = self.recipe.data(self.rank)
         self._begun: dict[Order, list[futures.Future]] = {}  # data of the coming steps
         self.waited = 0.0  # seconds for it, since the last line of the log
@@ -165,6 +165,17 @@ class Trainer:
         """The stage that is being trained."""
         return self.stages[self.stage_number]
 
+    def _size_at(self, done: float) -> tuple[int, int]:
+        """The one of `sizes` whose turn it is at a share of a stage."""
+        return self.sizes[min(len(self.sizes) - 1, int(done * len(self.sizes)))]
+
+    @property
+    def trained_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (h, w) that the weights are for now, the smallest first: of those that take turns, the latest."""
+        if self.config.mix_sizes:
+            return tuple(sorted(set(self.sizes), key=lambda size: (math.prod(size), size)))
+        return (self._size_at(self.stage_progress(max(0, self.step - 1))[1]),)
+
     def _prepare_stage(self) -> None:
         """Optimisers and a wrapper for several processes, made for the present stage."""
         self.optimisers = optimisers(self.network, self.config)
@@ -193,9 +204,7 @@ class Trainer:
         draw = random.Random(f"{self.config.seed} {step}")  # the same on every process
         _, done = self.stage_progress(step)
         views = draw.choices(*lengths(self.config, done))[0]
-        size = self.sizes[min(len(self.sizes) - 1, int(done * len(self.sizes)))]
-        if self.config.mix_sizes:
-            size = draw.choice(self.sizes)
+        size = draw.choice(self.sizes) if self.config.mix_sizes else self._size_at(done)
         frames = self.config.frames * math.prod(self.sizes[0]) // math.prod(size)
         return Order(step, max(1, frames // views), views, size)
 
@@ -382,7 +391,8 @@ class Trainer:
                 if name in average:
                     p.copy_(average[name].half().float())
         if isinstance(network, Network):
-            network.resize(*self.sizes[-1]).trained_sizes = self.trained_sizes
+            network.trained_sizes = self.trained_sizes
+            network.resize(*network.trained_sizes[-1])
         return network.to(self.device).eval().requires_grad_(False)
 
     @torch.compiler.set_stance("force_eager")
