@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     warm, count = (1, 1) if args.tiny else (12, args.steps)
-    config = with_values(CompactConfig(), dict(init="compact", steps=2 * (warm + count), dense_share=0.0))
+    config = with_values(
+        CompactConfig(), dict(init="compact", sizes="168x224", steps=2 * (warm + count), dense_share=0.0)
+    )
     config = with_values(config, TINY if args.tiny else {})
     config = with_values(config, dict(parse_assignment(text, config) for text in args.set))
     watch = Stopwatch()
@@ -108,9 +110,7 @@ def main() -> None:
         done = (time.perf_counter() - start) / count * 1e3
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if CUDA else ""
-    print(
-        f"{name}, torch {torch.__version__}, {trainer.config.sizes}, {config.frames} frames a step, {config.scenes}{peak}\n"
-    )
+    print(f"{name}, torch {torch.__version__}, {config.sizes}, {config.frames} frames a step, {config.scenes}{peak}\n")
     print(f"| phase | launched, ms | done, ms |\n|---|---|---|\n{watch.rows()}")
     print(f"| steps in a row, {frames / done / count * 1e3:,.0f} frames/s | {launched:.1f} | {done:.1f} |")
 

@@ -1,6 +1,7 @@
 """The training recipes at a tiny size on the CPU."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -662,6 +663,16 @@ def test_what_is_wrong_is_one_line(arguments, code, says, tmp_path, capsys, monk
     errors = capsys.readouterr().err.strip().splitlines()
     assert result == code and says in errors[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_held_out_rows_are_json_where_numbers_do_not_exist(tmp_path, monkeypatch):
+    """No direction where no camera moved, for example; JSON has no NaN."""
+    monkeypatch.setattr(
+        "speed3r_ros.training.trainer.evaluate_rendered", lambda *_, **__: dict(focal=0.5, ate=math.nan)
+    )
+    Trainer("compact", config("compact", steps=1, held_out=1), tmp_path).run()
+    rows = json.loads((tmp_path / "held_out.json").read_text(), parse_constant=pytest.fail)
+    assert len(rows) == 10 and all(row == dict(focal=0.5, ate=None) for row in rows.values())
 
 
 def test_a_folder_is_not_overwritten(tmp_path):

@@ -19,7 +19,9 @@ class TrainingConfig:
     steps: int = setting(0, "length of the schedule in optimiser steps; such a run repeats exactly", low=0)
     minutes: float = setting(0.0, "or its length in minutes of training, to fit a machine's time", low=0.0)
     seed: int = setting(0, "of the first weights and of all random draws", low=0)
-    frames: int = setting(240, "frames per step and process at the first of `sizes`; larger images, fewer, but one sequence", low=2)
+    frames: int = setting(
+        240, "frames per step and process at the first of `sizes`; larger images, fewer, but one sequence", low=2
+    )
     longest: int = setting(24, "frames of the longest training sequence", low=2, high=24)
     lengthening: float = setting(
         0.0, "share of a stage in which the longest sequence grows from 4 frames to `longest`", low=0.0, high=1.0

@@ -424,7 +424,10 @@ class Trainer:
                 self.say(f"held-out {split}, {views} views: " + " ".join(f"{k} {v:.4g}" for k, v in row.items()))
         if self.rank == 0:
             with written_whole(self.out / "held_out.json") as partial:
-                partial.write_text(json.dumps(rows, indent=1))
+                numbers = {
+                    name: {k: v if math.isfinite(v) else None for k, v in row.items()} for name, row in rows.items()
+                }
+                partial.write_text(json.dumps(numbers, indent=1, allow_nan=False))
 
     def save(self) -> None:
         """Write the checkpoint and the averaged weights, from the first process; with FSDP all must call."""
