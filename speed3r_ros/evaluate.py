@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each sequence also mirrored, backwards and both; one is little to go by",
     )
     parser.add_argument("--sequences", type=positive, metavar="N", help="rendered sequences (8)")
-    parser.add_argument("--size", type=image_size, metavar="HxW", help="pixels of rendered images (the network's)")
+    parser.add_argument("--size", type=image_size, metavar="HxW", help="pixels of rendered images (168x224)")
     parser.add_argument("--split", choices=("rooms", "world"), help="what rendered sequences are drawn from (rooms)")
     add_settings(parser)
 
@@ -138,7 +138,7 @@ def sequences_in(path: Path) -> list[Path]:
 
 
 def rendered(options: argparse.Namespace, device: str) -> Iterable[Source]:
-    """Held-out rendered sequences, by default of the shipped network's size."""
+    """Held-out rendered sequences, by default of the smallest size that the shipped network takes."""
     from speed3r_ros.model.network import NetworkConfig
     from speed3r_ros.rendered import rendered_sources
 
