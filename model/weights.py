@@ -68,9 +68,9 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, metadata: dict[str
 
 
 def read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
-    """All tensors of a set of shards, the metadata and the path of the last one.
+    """All tensors of a set of shards, their metadata and the path of the last one.
 
-    ValueError with one line when a shard is missing or truncated.
+    ValueError with one line when a shard is missing, truncated, or of another set, as where copying was cut off.
     """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -81,8 +81,11 @@ def read_shards(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
     state: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        shard, metadata = read_safetensors(path)
+        shard, about = read_safetensors(path)
+        if path != paths[0] and about != metadata:
+            raise ValueError(f"{path}: is of another set than {paths[0].name}; copy the whole set again")
         state.update(shard)
+        metadata = about
     return state, metadata, paths[-1]
 
 

@@ -57,6 +57,15 @@ def test_missing_shard(folder):
     refused(folder, "shards are there")
 
 
+def test_shards_of_two_sets(folder, tmp_path):
+    """As where newer weights of the same network were copied over older ones in part."""
+    weights.save(Network(TINY), tmp_path / "newer", {"steps": "7"})
+    shards = sorted((tmp_path / "newer").iterdir())
+    for path in shards[: int(torch.randint(1, len(shards), ()))]:
+        path.replace(folder / path.name)
+    refused(folder, "is of another set than model-01")
+
+
 def test_truncated_shard(folder):
     path = sorted(folder.iterdir())[1]
     path.write_bytes(path.read_bytes()[:-1000])
@@ -94,7 +103,8 @@ def test_unreadable_configuration(folder, changed):
     def change(_, metadata):
         metadata |= changed
 
-    rewrite(sorted(folder.iterdir())[-1], change)
+    for path in folder.iterdir():
+        rewrite(path, change)
     refused(folder, "configuration")
 
 
