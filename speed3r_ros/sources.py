@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = path.name
+        self.name = Path(os.path.abspath(path)).name  # that of ., too
         file = truth_file(path)
         self.truth = read_tum(file) if file else None
 

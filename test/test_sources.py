@@ -113,6 +113,13 @@ def test_plain_folder_is_in_natural_order(tmp_path):
     assert [int(image[0, 0, 0]) for _, image, _ in open_source(tmp_path)] == [1, 2, 10]
 
 
+def test_the_working_directory_has_a_name(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert {open_source(path).name for path in (".", "below/..", tmp_path)} == {tmp_path.name}
+
+
 def test_a_video_that_does_not_say_its_length_is_read_to_its_end(tmp_path):
     count, path = int(RNG.integers(5, 30)), tmp_path / "clip.mkv"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 48))
