@@ -120,6 +120,40 @@ def test_the_working_directory_has_a_name(tmp_path, monkeypatch):
     assert {open_source(path).name for path in (".", "below/..", tmp_path)} == {tmp_path.name}
 
 
+@pytest.mark.parametrize("damaged", ["/cam/image", "/cam/camera_info"])
+def test_a_message_cut_short_costs_itself_alone(tmp_path, damaged, capsys):
+    bad = int(RNG.integers(1, 5))
+    with Writer(tmp_path / "bag", version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        kinds = {"/cam/camera_info": "sensor_msgs/msg/CameraInfo", "/cam/image": "sensor_msgs/msg/Image"}
+        connections = {topic: writer.add_connection(topic, kind, typestore=STORE) for topic, kind in kinds.items()}
+        for i in range(5):
+            image = array_to_image(RNG.integers(0, 255, (30, 40, 3), dtype=np.uint8), i, "cam", types=bag_types)
+            for topic, message in zip(kinds, (info_from_K(K, 40, 30, i, "cam", bag_types), image)):
+                data = bytes(STORE.serialize_cdr(message, kinds[topic]))
+                cut = int(RNG.integers(5, 40)) if i == bad and topic == damaged else None
+                writer.write(connections[topic], i, data[:cut])
+    items = list(open_source(tmp_path / "bag"))
+    expected = [i for i in range(5) if i != bad or damaged != "/cam/image"]
+    assert [stamp for stamp, *_ in items] == expected and all(camera is not None for *_, camera in items)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{damaged}: " in error and "skipped" in error
+
+
+def test_a_damaged_bag_never_gives_a_traceback(tmp_path):
+    write_bag(tmp_path / "bag", ["/cam/image"])
+    file = next((tmp_path / "bag").glob("*.mcap"))
+    good = file.read_bytes()
+    for _ in range(50):
+        data = bytearray(good)
+        at = int(RNG.integers(0, len(good) - 8))
+        data[at : at + 8] = RNG.integers(0, 256, 8, dtype=np.uint8).tobytes()
+        file.write_bytes(data[: RNG.integers(1, len(good) + 1)] if RNG.random() < 0.2 else data)
+        try:
+            assert len(list(open_source(tmp_path / "bag"))) <= 5
+        except ValueError as error:
+            assert "\n" not in str(error) and str(tmp_path / "bag") in str(error)
+
+
 def test_a_video_that_does_not_say_its_length_is_read_to_its_end(tmp_path):
     count, path = int(RNG.integers(5, 30)), tmp_path / "clip.mkv"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 48))
