@@ -107,7 +107,11 @@ def read_tum(path: str | Path) -> Trajectory:
     """Read a TUM trajectory. Raises ValueError naming the first line that is not eight numbers with a valid quaternion."""
     trajectory = Trajectory()
     stamps, rows = [], []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error})") from error
+    for number, line in enumerate(text.splitlines(), 1):
         fields = line.replace(",", " ").split()
         if not fields or fields[0].startswith("#"):
             continue

@@ -50,7 +50,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Settings from a YAML mapping. Raises ValueError with one line, OSError."""
     try:
         tree = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")

@@ -50,13 +50,17 @@ class Camera:
         if self.width <= 0 or self.height <= 0:
             raise ValueError(f"camera_info is for {self.width} x {self.height} pixels: set width and height")
 
+    def fits(self, image: np.ndarray) -> bool:
+        """Whether an image (H, W, ...) has this camera's resolution."""
+        return image.shape[:2] == (self.height, self.width)
+
     def rectify(self, image: np.ndarray, interpolation: int = cv2.INTER_LINEAR) -> tuple[np.ndarray, np.ndarray]:
         """Undistorted image of the same size and its K (3, 3); cv2.INTER_NEAREST for depth. Zero outside the image.
 
         K is kept, so that depth and points stay aligned with `image_rect` of image_proc, which keeps it too for a
         monocular camera (P = [K | 0]). Raises ValueError for an image of another resolution.
         """
-        if image.shape[:2] != (self.height, self.width):
+        if not self.fits(image):
             raise ValueError(
                 f"camera_info is for {self.width} x {self.height} pixels, the image has {image.shape[1]} x {image.shape[0]}: "
                 "publish the info of this resolution"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,9 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
                 f"unknown setting {name!r}"
                 + (f": did you mean {close[0]!r}?" if close else f"; settings: {', '.join(known)}")
             )
-        if type(known[name].default) is float and type(value) is int:
-            value = float(value)
+        if type(known[name].default) is float and type(value) in (int, str):
+            with suppress(ValueError, OverflowError):
+                value = float(value)  # to YAML, 1e-3 without a point is text
         group, item = name.split(".")
         config = replace(config, **{group: replace(getattr(config, group), **{item: value})})
     check(config)
@@ -212,9 +214,13 @@ def load_yaml(path: str | Path) -> Config:
 
 def parse_value(name: str, text: str) -> Any:
     """Value of a setting given as text on a command line. Raises ValueError."""
-    value = yaml.safe_load(text)
     default = {known: item.default for known, item, _ in settings(Config())}.get(name)
-    return text if isinstance(default, str) else value
+    if isinstance(default, str):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} = {text!r}: not a value ({' '.join(str(error).split())})") from error
 
 
 def dump_yaml(config: Config | None = None) -> str:

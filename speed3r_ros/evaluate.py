@@ -106,12 +106,15 @@ def run(options: argparse.Namespace) -> int:
             paths = [] if options.data == "rendered" else sequences_in(Path(options.data))
             load_torch()
             folder = stack.enter_context(folder_written_whole(options.out, OUTPUTS)) if options.out else None
-            sources = [open_source(path) for path in paths] or rendered(options, config.engine.device)
+            sources, failed = open_all(paths)
+            if failed and not sources:
+                raise ValueError("; ".join(failed.values()))
+            sources = sources or rendered(options, config.engine.device)
             if options.variants:
                 sources = (
                     variant for source in sources for variant in with_variants(source, options.stride, options.frames)
                 )
-            found = evaluate_all(sources, config, known, options.stride, options.frames, folder)
+            found = evaluate_all(sources, config, known, options.stride, options.frames, folder, failed)
     except (OSError, ValueError) as error:
         print(f"speed3r evaluate: {error}", file=sys.stderr)
         return 1
@@ -137,6 +140,17 @@ def sequences_in(path: Path) -> list[Path]:
     return found
 
 
+def open_all(paths: Iterable[Path]) -> tuple[list[Source], dict[str, str]]:
+    """The sequences that can be opened, and why the others cannot, by name."""
+    sources, failed = [], {}
+    for path in paths:
+        try:
+            sources.append(open_source(path))
+        except (OSError, ValueError) as error:
+            failed[path.name] = str(error)
+    return sources, failed
+
+
 def rendered(options: argparse.Namespace, device: str) -> Iterable[Source]:
     """Held-out rendered sequences, by default of the smallest size that the shipped network takes."""
     from speed3r_ros.model.network import NetworkConfig
@@ -154,16 +168,17 @@ def evaluate_all(
     stride: int = 1,
     limit: int | None = None,
     folder: Path | None = None,
+    unopened: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """What evaluation.json holds, of all sources, with NaN for numbers that do not exist; arguments as of `evaluate`.
 
-    In `folder`, if any, all files are written. A sequence that fails is named in the result. Raises ValueError when all
-    do, OSError.
+    unopened: why sequences are not among the sources, by name. In `folder`, if any, all files are written. A sequence that
+    fails is named in the result. Raises ValueError when all do, OSError.
     """
     from speed3r_ros.pipeline import Pipeline
 
     pipeline = Pipeline(config)
-    rows, failed = [], {}
+    rows, failed = [], dict(unopened or {})
     for source in sources:
         try:
             found = evaluate(source, pipeline, known, stride, limit)
@@ -266,8 +281,14 @@ def evaluate(
     for stamp_ns, image, camera in tqdm(frames, desc=source.name, total=count, unit="frame"):
         if known and camera is None:
             raise ValueError(f"{source.name}: --known, but it has no intrinsics; add intrinsics.json or use --unknown")
+        if known and not camera.fits(image):
+            raise ValueError(
+                f"{source.name}: --known, but its intrinsics are for {camera.width} x {camera.height} pixels, and images "
+                f"have {image.shape[1]} x {image.shape[0]}; mend intrinsics.json or use --unknown"
+            )
         given = None if known is False else camera
-        calibrated |= given is not None
+        usable = given is not None and given.fits(image)  # others count as unknown, and `Run` says so
+        calibrated |= usable
         stamps.append(stamp_ns)
         estimate = steps.add(stamp_ns, image, given)
         if estimate is None:
@@ -278,7 +299,7 @@ def evaluate(
             focal.append(focal_lengths(estimate, camera))
         true_depth = source.true_depth(stamp_ns)
         if true_depth is not None:
-            depths.add(estimate, true_depth if given is None else given.rectify(true_depth, cv2.INTER_NEAREST)[0])
+            depths.add(estimate, given.rectify(true_depth, cv2.INTER_NEAREST)[0] if usable else true_depth)
     results = steps.finish()
     _, matched = associate(np.array(stamps), source.truth.stamps_ns, TOLERANCE_NS)
     results.truth = source.truth.select(matched)

@@ -255,7 +255,8 @@ class Run:
 def reconstruct(
     source: Source, pipeline: Pipeline, folder: Path, stride: int = 1, limit: int | None = None, bag: bool = True
 ) -> Results:
-    """Process the frames of a source and write all results into `folder`. Raises OSError when that fails."""
+    """Process the frames of a source and write all results into `folder`. Raises OSError when that fails, ValueError when
+    no frame gets a pose."""
     from speed3r_ros.writer import OutputBag
 
     count = len(range(0, len(source), stride)[:limit])
@@ -268,6 +269,9 @@ def reconstruct(
             if writer and estimate:
                 writer.write(estimate, begins=len(run.results.trajectory) == 1)
     results = run.finish()
+    if not len(results.trajectory):
+        why = "".join(f"; {times}: {reason}" for reason, times in results.lost.items())
+        raise ValueError(f"{source.name}: none of {count} frames got a pose{why}; check the input")
     results.trajectory.write_tum(folder / "trajectory.tum")
     pipeline.point_map.write_ply(folder / "map.ply")
     write_report(results, folder / "report.html")

@@ -11,8 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from rosbags.highlevel import AnyReader, AnyReaderError
-from rosbags.typesys import Stores, get_typestore
 
 from speed3r_ros.clouds import split_rows
 from speed3r_ros.convert import matrix_from_transform, stamp_to_ns
@@ -20,7 +18,7 @@ from speed3r_ros.mapping.geometry import T_link_optical, inverse, transform
 from speed3r_ros.mapping.trajectory import NANO, Trajectory
 from speed3r_ros.outputs import WorldFrame
 from speed3r_ros.results import Results, Strip, evenly
-from speed3r_ros.sources import Source
+from speed3r_ros.sources import Source, open_bag
 
 
 def results_of_recording(bag: Path, source: Source, sent: Path | None = None) -> Results:
@@ -30,16 +28,15 @@ def results_of_recording(bag: Path, source: Source, sent: Path | None = None) ->
     from base frame in map to camera in the world of the first optical frame with the recorded static transform.
     Raises ValueError for a bag that cannot be read or is without the node's poses, OSError for a missing log.
     """
-    reader = AnyReader([bag], default_typestore=get_typestore(Stores.LATEST))
-    try:
-        reader.open()
-    except AnyReaderError as error:
-        raise ValueError(f"{bag}: not a readable bag ({error})") from error
+    reader = open_bag(bag)
 
     def messages(ending: str) -> Iterator[Any]:
         chosen = [connection for connection in reader.connections if connection.topic.endswith(f"/{ending}")]
-        for connection, _, data in reader.messages(connections=chosen) if chosen else ():
-            yield reader.deserialize(data, connection.msgtype)
+        try:
+            for connection, _, data in reader.messages(connections=chosen) if chosen else ():
+                yield reader.deserialize(data, connection.msgtype)
+        except Exception as error:  # a damaged bag fails in its reader's own ways
+            raise ValueError(f"{bag}: damaged ({' '.join(str(error).split())}); record again") from error
 
     with closing(reader):
         poses = list(messages("pose"))
@@ -172,15 +169,15 @@ def float_image(message: Any) -> np.ndarray:
 
 def read_times(path: Path, topic_ending: str = "") -> list[tuple[int, int]]:
     """Pairs (stamp_ns, monotonic_ns) of a log, in its order. Raises OSError; ValueError for another file."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
         return [
             (int(row["stamp_ns"]), int(row["monotonic_ns"]))
             for row in rows
             if row.get("topic", "").endswith(topic_ending)
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected the columns stamp_ns and monotonic_ns, as the player writes them"
         ) from error

@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import re
+import signal
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -73,10 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write report.html, trajectory.tum and map.ply; 0, or 1 after one line that says what is wrong."""
+    """Write report.html, trajectory.tum and map.ply; 0; 1 after one line that says what is wrong; 130 when interrupted."""
     from speed3r_ros.recording import results_of_recording
     from speed3r_ros.sources import open_source
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         source = open_source(options.source, options.topic)
         results = results_of_recording(options.recorded, source, options.sent)
@@ -87,6 +89,9 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(f"speed3r report: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("speed3r report: interrupted", file=sys.stderr)
+        return 130
     print(summary(results))
     return 0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = path.name
+        self.name = Path(os.path.abspath(path)).name  # that of ., too
         file = truth_file(path)
         self.truth = read_tum(file) if file else None
 
@@ -84,9 +86,9 @@ class FolderSource(Source):
             files = [
                 p
                 for p in (path / "rgb" if (path / "rgb").is_dir() else path).iterdir()
-                if p.suffix.lower() in IMAGE_SUFFIXES
+                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")  # macOS leaves ._name beside name
             ]
-            files.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
+            files.sort(key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", p.name)])
             self.items = [(i * NANO // FOLDER_RATE, p) for i, p in enumerate(files)]
         if not self.items:
             raise ValueError(f"{path}: no images; expected rgb.txt or {', '.join(sorted(IMAGE_SUFFIXES))} files")
@@ -126,18 +128,22 @@ class FolderSource(Source):
             raise ValueError(
                 f"{listing}: the unit is {scale!r}; set depth_scale_m, metres per count, in intrinsics.json"
             )
+        most = values.get("depth_max_m", np.inf)
+        if not isinstance(most, (int, float)) or not most > 0:
+            raise ValueError(f"{listing}: depth_max_m in intrinsics.json is {most!r}; give metres, or leave it out")
         image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
         if image is None or image.dtype != np.uint16 or image.ndim != 2:
             raise ValueError(f"{file}: not a readable depth image; expected one channel of 16 bits")
         depth = image.astype(np.float32) * np.float32(scale)
-        depth[depth > values.get("depth_max_m", np.inf)] = 0
+        depth[depth > most] = 0
         return depth
 
 
 def read_listing(path: Path) -> list[tuple[int, Path]]:
     """Stamps in ns and files of `timestamp file` lines (TUM), in the order of time. Raises ValueError, OSError."""
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
     try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        rows = [line.split(maxsplit=1) for line in lines if line and line[0] != "#"]  # names may hold spaces
         return sorted((parse_stamp(row[0]), path.parent / row[1]) for row in rows)
     except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: expected `timestamp file` lines ({error})") from error
@@ -149,11 +155,17 @@ def read_intrinsics(path: Path) -> Camera | None:
         return None
     try:
         values = json.loads(path.read_text())
-        K = np.array([[values["fx"], 0, values["cx"]], [0, values["fy"], values["cy"]], [0, 0, 1.0]])
-        D = np.array((values.get("distortion") or {}).get("coeffs", []), dtype=np.float64)
-        return Camera(K, D, "plumb_bob", int(values["width"]), int(values["height"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected fx, fy, cx, cy, width and height ({error!r})") from error
+        K = np.array([[values["fx"], 0, values["cx"]], [0, values["fy"], values["cy"]], [0, 0, 1]], dtype=np.float64)
+        D = np.array((values.get("distortion") or {}).get("coeffs", []), dtype=np.float64, ndmin=1)
+        width, height = int(values["width"]), int(values["height"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected numbers fx, fy, cx, cy, width and height, and distortion.coeffs if any ({error!r})"
+        ) from error
+    try:
+        return Camera(K, D, "plumb_bob", width, height)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class VideoSource(Source):
@@ -164,13 +176,17 @@ class VideoSource(Source):
         capture = cv2.VideoCapture(str(path))
         self.rate, self.count = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         readable = capture.isOpened() and capture.read()[0]
+        if readable and self.count < 1:  # a stream that was saved as it came does not say its length
+            self.count = 1
+            while capture.grab():
+                self.count += 1
         capture.release()
         if not readable:
             raise ValueError(f"{path}: not a video that OpenCV can read; convert it, e.g. with ffmpeg, to H.264 mp4")
         self.rate = self.rate if 0 < self.rate < 1000 else 30.0
 
     def __len__(self) -> int:
-        return max(self.count, 1)
+        return self.count
 
     @property
     def duration_s(self) -> float:
@@ -193,7 +209,7 @@ class BagSource(Source):
 
     def __init__(self, path: Path, topic: str) -> None:
         super().__init__(path)
-        with self._open() as reader:
+        with closing(open_bag(path)) as reader:
             topics = {connection.topic: connection.msgtype for connection in reader.connections}
             images = sorted(
                 name for name, kind in topics.items() if kind in IMAGE_TYPES and "depth" not in name.lower()
@@ -213,21 +229,6 @@ class BagSource(Source):
             self.count = sum(c.msgcount for c in reader.connections if c.topic == self.topic)
             self._duration = reader.duration / NANO
 
-    def _open(self) -> Any:
-        from rosbags.highlevel import AnyReader, AnyReaderError
-        from rosbags.rosbag2 import ReaderError
-        from rosbags.typesys import Stores, get_typestore
-
-        path = self.path if self.path.is_dir() or self.path.suffix in {".mcap", ".db3", ".bag"} else self.path.parent
-        reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
-        try:
-            reader.open()
-        except (AnyReaderError, ReaderError, OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{path}: not a readable bag ({' '.join(str(error).split())}); try `ros2 bag reindex`"
-            ) from error
-        return _Closing(reader)
-
     def __len__(self) -> int:
         return self.count
 
@@ -236,10 +237,11 @@ class BagSource(Source):
         return self._duration
 
     def __iter__(self) -> Iterator[Item]:
+        from rosbags.highlevel import AnyReaderError
         from rosbags.serde import SerdeError
 
         camera, told = None, set()
-        with self._open() as reader:
+        with closing(open_bag(self.path)) as reader:
             wanted = [c for c in reader.connections if c.topic in (self.topic, self.info_topic)]
             messages = reader.messages(wanted)
             while True:
@@ -257,7 +259,7 @@ class BagSource(Source):
                         continue
                     stamp = stamp_to_ns(message.header.stamp)
                     image = image_to_array(message)
-                except (ValueError, SerdeError) as error:
+                except (ValueError, SerdeError, AnyReaderError) as error:  # by rosbags' version
                     if str(error) not in told:
                         told.add(str(error))
                         warn(f"{self.path} {connection.topic}: {error}, skipped")
@@ -265,17 +267,26 @@ class BagSource(Source):
                 yield stamp, image, camera
 
 
-class _Closing:
-    """Give an open reader to a `with` block."""
+def open_bag(path: Path) -> Any:
+    """An open rosbags reader of a bag's folder or of one file of it. Raises ValueError.
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    A recorder that was killed leaves no metadata.yaml: then the files in the folder are read by themselves.
+    """
+    from rosbags.highlevel import AnyReader
+    from rosbags.typesys import Stores, get_typestore
 
-    def __enter__(self) -> Any:
-        return self.reader
-
-    def __exit__(self, *_: object) -> None:
-        self.reader.close()
+    paths = [path]
+    if path.is_dir() and not (path / "metadata.yaml").exists():
+        paths = sorted(p for suffix in ("mcap", "db3") for p in path.glob(f"*.{suffix}")) or paths
+    try:
+        reader = AnyReader(paths, default_typestore=get_typestore(Stores.ROS2_JAZZY))
+        reader.open()
+    except Exception as error:  # a damaged bag fails in its reader's own ways
+        raise ValueError(
+            f"{path}: not a readable bag ({' '.join(str(error).split())}); try `ros2 bag reindex`, "
+            "or `mcap recover` for an .mcap that ends early"
+        ) from error
+    return reader
 
 
 def open_source(path: str | Path, topic: str = "") -> Source:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -47,3 +48,23 @@ def test_text_values():
         and parse_value("frames.map", "8") == "8"
         and parse_value("tf.publish", "false") is False
     )
+    with pytest.raises(ValueError, match=r"engine.window = '\[1': not a value") as error:
+        parse_value("engine.window", "[1")
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    """YAML 1.1 takes 1e-3 for text; the parameter files of ROS do not."""
+    exponent, path = int(np.random.default_rng().integers(-5, 5)), tmp_path / "x.yaml"
+    path.write_text(f"scale: {{factor: 1e{exponent}}}\n")
+    typed = with_values(Config(), {"scale.factor": parse_value("scale.factor", f"1e{exponent}")})
+    assert load_yaml(path).scale.factor == typed.scale.factor == 10.0**exponent
+    for text in ("many", "nan", "1e9"):
+        with pytest.raises(ValueError, match="scale.factor = "):
+            with_values(Config(), {"scale.factor": text})
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="x.yaml: not YAML"):
+        load_yaml(tmp_path / "x.yaml")

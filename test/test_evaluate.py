@@ -230,6 +230,7 @@ def test_the_files_agree_with_one_another_and_with_the_documentation(rng, tmp_pa
         ("bad depth", [], 1, "depth/3.png: not a readable depth image"),
         ("no unit", [], 1, "depth.txt: the unit is None; set depth_scale_m"),
         ("no intrinsics", ["--known"], 1, "wall: --known, but it has no intrinsics"),
+        ("other size", ["--known"], 1, "wall: --known, but its intrinsics are for 64 x 96 pixels"),
         ("nothing", [], 1, "does not exist"),
     ],
 )
@@ -247,6 +248,8 @@ def test_bad_input_gets_one_line_and_nothing_is_written(rng, tmp_path, speed3r, 
         (folder / "depth" / "3.png").write_bytes(b"\x89PNG")
     if change == "no intrinsics":
         (folder / "intrinsics.json").unlink()
+    if change == "other size":
+        shrink_camera(folder)
     if change == "foreign out":
         out.mkdir()
         (out / "mine.txt").write_text("")
@@ -265,6 +268,30 @@ def test_one_bad_sequence_does_not_cost_the_others(rng, tmp_path, speed3r):
     (tmp_path / "a" / "depth" / "3.png").write_bytes(b"")
     code, text, errors = speed3r(tmp_path)
     assert code == 1 and len(errors) == 1 and "depth/3.png" in errors[0] and "| b, K known | 6 |" in text
+
+
+@pytest.mark.parametrize("name", ["intrinsics.json", "groundtruth.txt", "rgb.txt"])
+def test_a_sequence_that_cannot_be_opened_does_not_cost_the_others(rng, tmp_path, speed3r, name):
+    for folder in ("a", "b"):
+        write_sequence(tmp_path / "data" / folder, rng, 6)
+    (tmp_path / "data" / "a" / name).write_text("{")
+    code, text, errors = speed3r(tmp_path / "data", "--out", tmp_path / "out")
+    assert code == 1 and len(errors) == 1 and f"a/{name}" in errors[0] and "| b, K known | 6 |" in text
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [row["name"] for row in found["sequences"]] == ["b"] and name in found["failed"]["a"]
+
+
+def shrink_camera(folder):
+    """Half the width in intrinsics.json, as of another resolution."""
+    path = folder / "intrinsics.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"width": values["width"] // 2}))
+
+
+def test_intrinsics_of_another_resolution_are_not_called_known(rng, tmp_path, pipeline):
+    shrink_camera(write_sequence(tmp_path / "wall", rng, 6))
+    row = evaluate(open_source(tmp_path / "wall"), pipeline).row()
+    assert row["intrinsics"] == "unknown" and row["depth"]["frames"] > 0
 
 
 def test_variants_of_a_sequence_have_rows_and_files_of_their_own(rng, tmp_path, speed3r):

@@ -214,6 +214,19 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(speed3r, images, tmp_path
     assert os.listdir(tmp_path) == []
 
 
+def test_a_run_without_any_pose_fails_and_leaves_the_old_result(speed3r, images, tmp_path):
+    out, dark = tmp_path / "out", tmp_path / "dark"
+    assert speed3r(images, "--out", out, "--no-bag", "--max-frames", 2).returncode == 0
+    before = (out / "trajectory.tum").read_bytes()
+    dark.mkdir()
+    for index in range(3):
+        assert cv2.imwrite(str(dark / f"{index}.png"), np.zeros((96, 128, 3), np.uint8))
+    done = speed3r(dark, "--out", out)
+    assert done.returncode == 1 and "dark: none of 3 frames got a pose; 3: " in one_line(done.stderr)
+    assert (out / "trajectory.tum").read_bytes() == before
+    assert sorted(os.listdir(out)) == ["map.ply", "report.html", "trajectory.tum"]
+
+
 def test_an_impossible_folder_is_named(speed3r, images, tmp_path):
     (tmp_path / "file").touch()
     done = speed3r(images, "--out", tmp_path / "file" / "out")
@@ -237,6 +250,7 @@ def test_an_input_without_images_is_named(speed3r, tmp_path):
         (["--set", "engine.window=many"], "engine.window = 'many'"),
         (["--set", "engine.window=0"], "engine.window = 0"),
         (["--set", "engine.window"], "expected NAME=VALUE"),
+        (["--set", "engine.window=[1"], "engine.window = '[1': not a value"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--stride", "0"], "must be a positive integer"),
     ],

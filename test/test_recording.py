@@ -1,18 +1,26 @@
 """Reading a recorded run back: frames, times and points, and one clear line for recordings that cannot be read."""
 
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 from scipy.spatial.transform import Rotation
 
 from speed3r_ros.cli import main
 from speed3r_ros.clouds import make_rows
-from speed3r_ros.convert import array_to_image, bag_types, points_message, pose_from_matrix, transform_message
+from speed3r_ros.convert import (
+    array_to_image,
+    bag_types,
+    points_message,
+    pose_from_matrix,
+    pose_message,
+    transform_message,
+)
 from speed3r_ros.mapping.geometry import T_link_optical
 from speed3r_ros.recording import float_image, latencies, points_of, read_times, static_transform
 
@@ -111,8 +119,48 @@ def test_a_truncated_or_missing_recording_is_named(images, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recording_with_a_damaged_part_is_named(images, tmp_path, capsys):
+    types, rng = get_typestore(Stores.ROS2_JAZZY), np.random.default_rng()
+    kind = "geometry_msgs/msg/PoseWithCovarianceStamped"
+    writer = Writer(tmp_path / "bag", version=9, storage_plugin=StoragePlugin.MCAP)
+    writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
+    with writer:
+        connection = writer.add_connection("/pose", kind, typestore=types)
+        for number in range(200):
+            pose = pose_from_matrix(np.eye(4), bag_types)
+            message = pose_message(pose, rng.uniform(0, 1, 2), number, "map", types=bag_types)
+            writer.write(connection, number, types.serialize_cdr(message, kind))
+    file = next((tmp_path / "bag").glob("*.mcap"))
+    data = bytearray(file.read_bytes())
+    at = data.index(b"\x28\xb5\x2f\xfd")  # a frame of zstd
+    data[at : at + 100] = bytes(100)
+    file.write_bytes(data)
+    assert report(tmp_path / "bag", images, tmp_path / "out") == 1
+    assert f"{tmp_path / 'bag'}: damaged" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_report_ends_in_one_line(images, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speed3r_ros.recording.results_of_recording", interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert report(tmp_path / "bag", images, tmp_path / "out") == 130
+    except KeyboardInterrupt:
+        pytest.fail("the interrupt came through")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "interrupted" in one_line(capsys)
+
+
 def test_a_foreign_or_missing_log_is_named(tmp_path):
-    for path, text in ((tmp_path / "x.csv", "a,b\n1,2\n"), (tmp_path / "y.csv", "stamp_ns,monotonic_ns\n1\n")):
+    for path, text in (
+        (tmp_path / "x.csv", "a,b\n1,2\n"),
+        (tmp_path / "y.csv", "stamp_ns,monotonic_ns\n1\n"),
+        (tmp_path / "z.csv", "stamp_ns,monotonic_ns\n1,2\n3,4x\n"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match="expected the columns stamp_ns and monotonic_ns"):
             read_times(path)
