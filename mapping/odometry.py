@@ -4,7 +4,8 @@ A network's poses are right to about its patches; tracked corners are right to a
 their first depth from the network, are tracked from frame to frame, and give every frame's pose; a bundle adjustment of
 the last keyframes then frees them from the network's errors of depth, of scale between frames and, for cameras that are
 not calibrated, of focal length. Where few or none can be tracked (views far apart, blur, darkness, no texture, a jump),
-matched keypoints help; where these fail, too, the network's motion stands alone until features return. Tracking by features with geometry from a multi-view
+matched keypoints help; where these fail, too, the network's motion stands alone until features return, unless dense optical
+flow contradicts it. Tracking by features with geometry from a multi-view
 network: HyVGGT-VO, ScaRF-SLAM (2026).
 """
 
@@ -48,6 +49,13 @@ FOCAL_TURN = math.radians(15.0)  # turn within a window that shows the focal len
 FOCAL_SHARE = 0.02  # of a window's information on the focal length that is new: windows overlap
 FOCAL_FLOOR = 0.01  # sigma below which the focal length is not believed to be known
 FIXED = 3  # oldest keyframes of the window that an adjustment does not move
+EDGES = 600  # pixels of the strongest edges, one in each cell of
+CELL = 8  # ... so many pixels a side, and
+EDGE = 25.0  # ... of at least this gradient, whose dense optical flow is looked at without landmarks and keypoints
+ROUND_TRIP = 1.5  # pixels by which the flow forwards and backwards may differ
+COARSE = 6.0  # pixels of reprojection error that this flow may have at the network's depth
+MAJORITY = 0.5  # share of these pixels that must agree with a pose
+CONTRADICTION = math.radians(5.0)  # between that pose and the network's: the flow's is the coarser one, but never wild
 RECENT = 3  # keyframes that keypoints are matched with
 KEYPOINTS = 800
 DISTINCT = 0.8  # Lowe's ratio
@@ -145,6 +153,7 @@ class Odometry:
     def __init__(self, features: int = 300, window: int = 7) -> None:
         self.features, self.window = features, window
         self._sift = cv2.SIFT_create(KEYPOINTS)
+        self._dense_flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self.reset()
 
     def reset(self) -> None:
@@ -190,7 +199,10 @@ class Odometry:
             self.tracked = 0
             tracked = self._track(last, view)
             few = not tracked or (self.tracked < SPARSE * len(last.ids) and not view.still)
-            if (few and self._match(view)) or not tracked or self._is_due(view):
+            matched = few and self._match(view)
+            if not tracked and not matched:
+                self._contradict(last, view)
+            if matched or not tracked or self._is_due(view):
                 self._add_keyframe(view)
         self._last_estimated = view
         self._go_on(view)
@@ -312,6 +324,27 @@ class Odometry:
             return True
         return False
 
+    def _contradict(self, last: View, view: View) -> None:
+        """Without landmarks: take the pose that dense optical flow of the last view's edges gives, if the network's turn is far
+        from it. Where views look alike from several sides, as a bare box does, a network mistakes one for another."""
+        theirs = edge_pixels(last.grey)
+        if last.depth is None or len(theirs) < LEAST:
+            return
+        forwards = self._dense_flow.calc(last.grey, view.grey, None)
+        backwards = self._dense_flow.calc(view.grey, last.grey, None)
+        mine = theirs + forwards[theirs[:, 1], theirs[:, 0]]
+        height, width = view.grey.shape
+        inside = ((mine >= 0) & (mine.round() < [width, height])).all(1)
+        theirs, mine = theirs[inside], mine[inside]
+        x, y = mine.round().astype(int).T
+        found = np.abs(mine + backwards[y, x] - theirs).max(1) < ROUND_TRIP
+        points, trusted = last.unproject(theirs[found])
+        solved = solve_pose(points[trusted], mine[found][trusted], view.K, np.full(trusted.sum(), COARSE))
+        if solved is None or solved[1].sum() < MAJORITY * trusted.sum():
+            return
+        if rotation_angle(solved[0][:3, :3].T @ view.T_world_cam[:3, :3]) > CONTRADICTION:
+            view.T_world_cam = solved[0]
+
     def _keypoints(self, view: View) -> tuple[np.ndarray, np.ndarray]:
         if view.keypoints is None:
             found, descriptors = self._sift.detectAndCompute(view.grey, None)
@@ -417,6 +450,20 @@ def grey_image(image: np.ndarray) -> np.ndarray:
     if shrink < 1:
         image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def edge_pixels(grey: np.ndarray) -> np.ndarray:
+    """Columns and rows (N, 2) int of the strongest edges of an image (h, w) uint8, at most EDGES, spread over its cells."""
+    smooth = cv2.GaussianBlur(grey, (0, 0), 1.0)
+    gradient = np.hypot(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))
+    rows, columns = (side // CELL for side in grey.shape)
+    cells = gradient[: rows * CELL, : columns * CELL].reshape(rows, CELL, columns, CELL).swapaxes(1, 2)
+    cells = cells.reshape(rows * columns, CELL * CELL)
+    best, strength = cells.argmax(1), cells.max(1)
+    chosen = np.argsort(-strength, kind="stable")[:EDGES]
+    chosen = chosen[strength[chosen] > EDGE]
+    row, column = (index * CELL + within for index, within in zip(divmod(chosen, columns), divmod(best[chosen], CELL)))
+    return np.stack([column, row], 1)
 
 
 def flow(last: View, grey: np.ndarray, shift: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speed3r_ros.mapping.geometry import inverse, rotation_angle
-from speed3r_ros.mapping.odometry import Odometry, View, solve_pose
+from speed3r_ros.mapping.odometry import CELL, EDGES, Odometry, View, edge_pixels, solve_pose
 from speed3r_ros.mapping.trajectory import Trajectory, absolute_trajectory_error
 from speed3r_ros.model.types import Estimate, Tracking
 from speed3r_ros.training.render import SceneDataset
@@ -264,6 +264,50 @@ def test_network_alone_where_there_are_no_features(sequence):
         got = odometry.refine(image, estimate, True)
         assert np.allclose(got.T_world_cam, estimate.T_world_cam, atol=1e-9)
         assert (got.depth == estimate.depth).all() and odometry.tracked == 0
+
+
+def bare_box(rng, turn, wild):
+    """Two images of a dark rectangle in front of a bright wall, without corners to track, the camera turned by `turn` and shifted in
+    between, and estimates of both; the second one's turn is off by `wild` about some axis. Also the second true pose."""
+    K, depth = np.array([[260.0, 0, 160], [0, 260, 120], [0, 0, 1]]), np.full((120, 160), 2.0, np.float32)
+    T_true, axis = np.eye(4), rng.normal(size=3)
+    T_true[:3, :3] = cv2.Rodrigues(turn * rng.uniform(-1, 1, 3) / 3**0.5)[0]
+    T_true[:3, 3] = rng.uniform(-0.04, 0.04, 3)
+    wall = cv2.GaussianBlur(np.pad(np.full((110, 130), 60.0), ((60, 70), (85, 105)), constant_values=200), (0, 0), 4)
+    T = np.linalg.inv(T_true)
+    H = K @ (T[:3, :3] + np.outer(T[:3, 3], [0, 0, 0.5])) @ np.linalg.inv(K)  # of the plane z = 2
+    images = [wall, cv2.warpPerspective(wall, H, (320, 240), borderValue=200)]
+    T_network = T_true.copy()
+    T_network[:3, :3] = T_network[:3, :3] @ cv2.Rodrigues(wild * axis / np.linalg.norm(axis))[0]
+    images = [np.repeat(x.round().astype(np.uint8)[..., None], 3, 2) for x in images]
+    estimates = [
+        Estimate(i, Tracking.TRACKING, T, depth, np.ones_like(depth), K, image, pose_sigma=np.full(2, 0.1))
+        for i, (T, image) in enumerate(zip((np.eye(4), T_network), images))
+    ]
+    return images, estimates, T_true
+
+
+@pytest.mark.parametrize("wild", [0.03, 0.5, 2.5])
+def test_dense_flow_contradicts_a_wild_turn_of_the_network(wild):
+    """A small error of the network stays as it is: the flow's pose is the coarser one."""
+    images, estimates, T_true = bare_box(np.random.default_rng(), 0.05, wild)
+    odometry = Odometry()
+    _, got = (odometry.refine(image, estimate, True) for image, estimate in zip(images, estimates))
+    assert odometry.tracked == 0 and got.tracking is Tracking.WEAK
+    if wild < 0.1:
+        assert np.allclose(got.T_world_cam, estimates[1].T_world_cam, atol=1e-9)
+    else:
+        off = rotation_angle(got.T_world_cam[:3, :3].T @ T_true[:3, :3])
+        assert off < 0.15 and np.abs(got.T_world_cam[:3, 3] - T_true[:3, 3]).max() < 0.25  # 300 draws: 0.09, 0.16
+
+
+def test_edges_are_the_strongest_of_their_cells_and_bounded():
+    rng = np.random.default_rng()
+    grey = cv2.GaussianBlur(rng.integers(0, 256, (400, 500)).astype(np.uint8), (0, 0), 1.5)
+    grey[:, :100] = 128
+    x, y = edge_pixels(grey).T
+    assert len(x) == EDGES and x.min() >= 90 and len(set(zip(x // CELL, y // CELL))) == EDGES
+    assert len(edge_pixels(np.full((32, 33), 90, np.uint8))) == 0
 
 
 def test_poses_without_features_are_weak_and_leave_doubt(sequence):

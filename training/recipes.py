@@ -47,7 +47,7 @@ FIRST_LONGEST = 4  # frames of the longest sequence when a lengthening curriculu
 WINDOW, ANCHORS, BANK = 4, 6, 32  # the deployed memory
 REFRESH = 60  # steps after which a few textures are replaced
 KNOWN = 0.5  # share of sequences whose intrinsics the network is given
-BACKBONE_SIZE = 168, 224  # (h, w) of the images that backbones are trained on by default
+TRAINING_SIZE = 168, 224  # (h, w) of the images that backbones are trained on by default
 TINY = NetworkConfig(channels=64, encoder_blocks=1, alternating_blocks=1, stem=16, decoder=8)
 
 
@@ -241,7 +241,7 @@ class Recipe:
         self.config, self.device = config, device
         self.network = self.make_network().to(device)
         if not image_sizes(config):
-            sizes = self.network.trained_sizes if isinstance(self.network, Network) else [BACKBONE_SIZE]
+            sizes = self.network.trained_sizes if isinstance(self.network, Network) else [TRAINING_SIZE]
             text = " ".join(f"{height}x{width}" for height, width in sizes)
             self.config = replace(config, sizes=text, mix_sizes=len(sizes) > 1)
 
