@@ -74,6 +74,8 @@ def results(folders):
     node_values = {**values, "frames.wait": 0.0, "map.rate": 5.0}
     parameters = [part for name, value in node_values.items() for part in ("-p", f"{name}:={value}")]
     recorder = start("speed3r_ros.record", folders / "recorded", "--until-idle", 3)
+    begun = recorder.stdout.readline()  # else all poses may be out before it listens
+    assert begun.startswith("recording to"), begun
     node = start("speed3r_ros.recon_node", "--ros-args", *parameters)
     try:
         run("speed3r_ros.play", images, "--lockstep", 20, "--log", folders / "sent.csv")
